@@ -1,0 +1,261 @@
+"""The stages of an export, in order: open, fingerprint, write, measure, seal, publish.
+
+Everything is written into a directory beside the destination and renamed at the end: a failed export leaves what was there
+before, and no half artifact is ever seen.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import importlib.metadata
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from export.accuracy import BARS, measure, reference_embeddings
+from export.checkpoint import Checkpoint, open_checkpoint
+from export.report import html_page, print_table
+from export.samples import samples
+from export.weights import load_tower, storage_dtype
+from sidecar import artifact as sealed
+from sidecar.artifact import Artifact, ArtifactError, Manifest, Variant
+from sidecar.runtimes.base import Load
+from sidecar.runtimes.loading import load_runtime
+from sidecar.vision.dtypes import DType
+from sidecar.vision.tower import Tower
+
+PRECISIONS = ("f32", "bf16", "int8")
+FORMATS = ("openvino", "onnx", "torch")
+REPORT = "accuracy.html"
+
+_SUFFIX = {"openvino": ".xml", "onnx": ".onnx", "torch": ".safetensors"}
+_VERSIONED = ("epd-encoder-sidecar", "torch", "openvino", "onnx", "onnxruntime", "numpy", "pillow")
+
+
+class ExportError(ValueError):
+    """What was asked for cannot be exported, or did not come out well enough to be sealed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """What to export.
+
+    `allow_below_bar` seals an artifact whose accuracy fell below a bar, with a warning; the sidecar will ask for the same.
+    """
+
+    model: str
+    out: Path
+    formats: tuple[str, ...] = ("openvino",)
+    precisions: tuple[str, ...] = ("bf16", "int8")
+    revision: str | None = None
+    random_weights: bool = False
+    allow_below_bar: bool = False
+
+    def variants(self) -> list[tuple[str, str]]:
+        """(format, precision) pairs to write.
+
+        Raises:
+            ExportError: if nothing remains, or a name is unknown.
+        """
+        for kind, given, known in (("format", self.formats, FORMATS), ("precision", self.precisions, PRECISIONS)):
+            unknown = [name for name in given if name not in known]
+            if unknown or not given:
+                raise ExportError(f"unknown {kind} {', '.join(unknown) or '(none)'}; there are {', '.join(known)}")
+        # The torch runtime runs the tower itself, which has no int8 layers.
+        pairs = [(f, p) for f in self.formats for p in self.precisions if (f, p) != ("torch", "int8")]
+        if not pairs:
+            raise ExportError("the torch format has no int8 precision; add f32 or bf16")
+        return pairs
+
+
+def export(job: Job, console: Console) -> Artifact:
+    """Run all stages and return the artifact at `job.out`.
+
+    Raises:
+        ExportError: if the job is impossible or the result is below its accuracy bar.
+        CheckpointError: if the checkpoint cannot be read.
+    """
+    pairs = job.variants()
+    _check_destination(job.out)
+    with _stages(console) as stage, stage("read checkpoint", None) as advance:
+        checkpoint = open_checkpoint(job.model, revision=job.revision, progress=advance.absolute)
+    partial = job.out.with_name(f".{job.out.name}.partial-{os.getpid()}")
+    partial.mkdir(parents=True)
+    try:
+        manifest = _write(job, checkpoint, pairs, partial, console)
+        artifact = sealed.seal(partial, manifest)
+        _publish(partial, job.out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return replace(artifact, directory=job.out)
+
+
+def _write(
+    job: Job, checkpoint: Checkpoint, pairs: list[tuple[str, str]], directory: Path, console: Console
+) -> Manifest:
+    with _stages(console) as stage:
+        with stage("fingerprint weights", len(checkpoint.names)) as advance:
+            fingerprint = fingerprint_of(checkpoint, advance)
+        variants: dict[tuple[str, str], Variant] = {}
+        written: dict[str, tuple[str, ...]] = {}
+        for format_name, precision in pairs:
+            graph = graph_name(format_name, precision, checkpoint.dtype)
+            if graph not in written:
+                with stage(f"write {graph}", None):
+                    files = _writer(format_name)(load_tower(checkpoint, precision), directory / graph)
+                    gc.collect()
+                written[graph] = tuple(file.relative_to(directory).as_posix() for file in files)
+            variants[format_name, precision] = Variant(
+                runtime=format_name, precision=precision, graph=graph, files=written[graph]
+            )
+        measured = _measure(checkpoint, list(variants.values()), directory, stage)
+    print_table(measured, console)
+    failed = [variant for variant in measured if variant.accuracy is not None and not variant.accuracy.passed]
+    for variant in failed:
+        assert variant.accuracy is not None
+        console.print(f"[red]{variant.name}: {variant.accuracy.shortfall()}[/]")
+    if failed and not job.allow_below_bar:
+        raise ExportError(
+            f"{', '.join(variant.name for variant in failed)} fell below the accuracy bar; nothing was written "
+            "(--allow-below-bar writes it all the same)"
+        )
+    origin = sealed.Checkpoint(
+        source=checkpoint.source, dtype=_dtype(checkpoint.dtype), random_weights=job.random_weights
+    )
+    (directory / REPORT).write_text(html_page(measured, origin, fingerprint), encoding="utf-8")
+    return Manifest(
+        fingerprint=fingerprint,
+        checkpoint=origin,
+        tower=checkpoint.tower,
+        pixels=checkpoint.pixels,
+        variants=tuple(measured),
+        versions=_versions(),
+    )
+
+
+def _measure(
+    checkpoint: Checkpoint, variants: list[Variant], directory: Path, stage: Callable[[str, int | None], _Stage]
+) -> list[Variant]:
+    pictures = list(samples(checkpoint.tower, checkpoint.pixels))
+    with stage("float32 reference", checkpoint.tower.depth) as advance:
+        references = reference_embeddings(checkpoint, pictures, advance)
+    measured = []
+    for variant in variants:
+        exact = variant.precision == "f32"
+        load = Load(
+            graph=directory / variant.graph,
+            precision=variant.precision,
+            tower=checkpoint.tower,
+            pixels=checkpoint.pixels,
+            output_dtype=DType.FLOAT32 if exact else _dtype(checkpoint.dtype),
+        )
+        with stage(f"measure {variant.name}", len(pictures)) as advance:
+            runtime = load_runtime(variant.runtime, load)
+            accuracy = measure(runtime, checkpoint.tower, pictures, references, BARS[variant.precision], advance)
+            del runtime
+            gc.collect()
+        measured.append(replace(variant, accuracy=accuracy))
+    return measured
+
+
+def graph_name(format_name: str, precision: str, checkpoint_dtype: torch.dtype) -> str:
+    """A graph is named by what its weights are stored in: f32 and bf16 of a bf16 checkpoint share one file, since only the
+    arithmetic differs."""
+    stored = "int8" if precision == "int8" else str(_dtype(storage_dtype(precision, checkpoint_dtype)))
+    return f"{format_name}/{stored}{_SUFFIX[format_name]}"
+
+
+def fingerprint_of(checkpoint: Checkpoint, advance: Callable[[], None] = lambda: None) -> str:
+    """The fingerprint of a checkpoint's tower, preprocessing and weights."""
+    hashes = {}
+    for name, tensor in checkpoint:
+        digest = hashlib.sha256(f"{_dtype(tensor.dtype)} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        hashes[name] = digest.hexdigest()
+        advance()
+    return sealed.fingerprint(checkpoint.tower, checkpoint.pixels, hashes)
+
+
+def _writer(format_name: str) -> Callable[[Tower, Path], tuple[Path, ...]]:
+    try:
+        if format_name == "openvino":
+            from export.openvino import write_openvino as writer
+        elif format_name == "onnx":
+            from export.onnx import write_onnx as writer
+        else:
+            from export.torch import write_torch as writer
+    except ModuleNotFoundError as error:
+        raise ExportError(
+            f"the {format_name} format needs {error.name}, which is not installed; install the extra [export-onnx]"
+        ) from error
+    return writer
+
+
+def _dtype(dtype: torch.dtype) -> DType:
+    return DType(str(dtype).removeprefix("torch."))
+
+
+def _versions() -> dict[str, str]:
+    versions = {}
+    for name in _VERSIONED:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def _check_destination(out: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise ExportError(f"{out} exists and is not a directory")
+    if out.is_dir() and any(out.iterdir()) and not (out / sealed.MANIFEST).is_file():
+        raise ExportError(f"{out} is not empty and holds no artifact; choose another --out")
+
+
+def _publish(partial: Path, out: Path) -> None:
+    """Put the finished directory in the place of `out`."""
+    retired = out.with_name(f".{out.name}.retired-{os.getpid()}")
+    if out.exists():
+        out.rename(retired)
+    partial.rename(out)
+    shutil.rmtree(retired, ignore_errors=True)
+
+
+class _Stage:
+    """One progress bar. Calling it advances by one; `absolute` sets it from (done, total)."""
+
+    def __init__(self, progress: Progress, title: str, total: int | None) -> None:
+        self._progress = progress
+        self._task = progress.add_task(title, total=total)
+
+    def __enter__(self) -> _Stage:
+        return self
+
+    def __call__(self) -> None:
+        self._progress.advance(self._task)
+
+    def absolute(self, done: int, total: int) -> None:
+        self._progress.update(self._task, completed=done, total=total)
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            total = self._progress.tasks[self._task].total or 1
+            self._progress.update(self._task, completed=total, total=total)
+
+
+@contextmanager
+def _stages(console: Console) -> Iterator[Callable[[str, int | None], _Stage]]:
+    columns = (TextColumn("{task.description:32}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
+        yield lambda title, total: _Stage(progress, title, total)
+
+
+__all__ = ["ArtifactError", "ExportError", "Job", "export", "fingerprint_of", "graph_name"]

@@ -1,0 +1,270 @@
+"""The sealed artifact: a directory of graphs and one manifest that says what they are.
+
+    artifact/
+      manifest.json            the tower, the preprocessing, the variants, every file's sha256, measured accuracy
+      manifest.json.sha256     the seal, in the form `sha256sum --check` reads
+      openvino/… onnx/… torch/…
+
+`seal` writes the last two; `open_artifact` believes nothing that does not match them. What a graph contains is not known here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, Self
+
+from sidecar.vision.dtypes import DType
+from sidecar.vision.spec import PixelSpec, SpecError, TowerSpec
+
+SCHEMA = 1
+MANIFEST = "manifest.json"
+SEAL = "manifest.json.sha256"
+
+_BLOCK_BYTES = 1 << 22
+
+
+class ArtifactError(ValueError):
+    """An artifact that is damaged, incomplete, of another schema, or not good enough to serve."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Accuracy:
+    """How a variant's embeddings compare with float32 torch, over all rows of all samples.
+
+    `cosine_*` are row-wise; `relative_error` is the Frobenius norm of the difference over that of the reference, the worst
+    sample's; `bar` is the least `cosine_min` that this precision must reach.
+    """
+
+    cosine_min: float
+    cosine_mean: float
+    relative_error: float
+    finite: bool
+    bar: float
+    samples: tuple[Mapping[str, Any], ...] = ()
+
+    @property
+    def passed(self) -> bool:
+        return self.finite and self.cosine_min >= self.bar
+
+    def shortfall(self) -> str:
+        """What is wrong with it, for a person."""
+        if not self.finite:
+            return "some embeddings were not finite"
+        return f"row-wise cosine against float32 torch fell to {self.cosine_min:.5f}, the bar is {self.bar:.5f}"
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "cosine_min": self.cosine_min,
+            "cosine_mean": self.cosine_mean,
+            "relative_error": self.relative_error,
+            "finite": self.finite,
+            "bar": self.bar,
+            "samples": [dict(sample) for sample in self.samples],
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        return cls(**{**values, "samples": tuple(values["samples"])})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Variant:
+    """One graph of the artifact: a runtime, a precision, and the files it needs, `graph` first among them."""
+
+    runtime: str
+    precision: str
+    graph: str
+    files: tuple[str, ...]
+    accuracy: Accuracy | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.runtime}/{self.precision}"
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "runtime": self.runtime,
+            "precision": self.precision,
+            "graph": self.graph,
+            "files": list(self.files),
+            "accuracy": None if self.accuracy is None else self.accuracy.to_dict(),
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        accuracy = values["accuracy"]
+        return cls(
+            runtime=values["runtime"],
+            precision=values["precision"],
+            graph=values["graph"],
+            files=tuple(values["files"]),
+            accuracy=None if accuracy is None else Accuracy.from_dict(accuracy),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """Where the weights came from. `source` is a hub id with its commit or a directory's name, never a path."""
+
+    source: str
+    dtype: DType
+    random_weights: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """All that an artifact says of itself, but for the files' hashes."""
+
+    fingerprint: str
+    checkpoint: Checkpoint
+    tower: TowerSpec
+    pixels: PixelSpec
+    variants: tuple[Variant, ...]
+    versions: Mapping[str, str]
+
+    def variant(self, runtime: str, precision: str | None = None) -> Variant:
+        """The variant of a runtime; without a precision, the first, which export puts first for a reason.
+
+        Raises:
+            ArtifactError: if there is none.
+        """
+        for variant in self.variants:
+            if variant.runtime == runtime and precision in (None, variant.precision):
+                return variant
+        wanted = runtime if precision is None else f"{runtime}/{precision}"
+        raise ArtifactError(
+            f"the artifact has no {wanted}; it has {', '.join(v.name for v in self.variants) or 'nothing'}"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Artifact:
+    """An artifact whose seal held when it was opened."""
+
+    directory: Path
+    manifest: Manifest
+    hashes: Mapping[str, str]
+
+    def path(self, name: str) -> Path:
+        return self.directory / name
+
+    def verify(self, names: Iterable[str] | None = None) -> None:
+        """Check files against their hashes: the named ones, or all.
+
+        Raises:
+            ArtifactError: if one is missing or changed.
+        """
+        for name in self.hashes if names is None else names:
+            if name not in self.hashes:
+                raise ArtifactError(f"the manifest names {name} as part of a variant but holds no hash of it")
+            path = self.path(name)
+            if not path.is_file():
+                raise ArtifactError(f"{name} is missing; export the artifact again or copy it whole")
+            if sha256_of(path) != self.hashes[name]:
+                raise ArtifactError(
+                    f"{name} does not match its sha256 in the manifest; export the artifact again or copy it whole"
+                )
+
+
+def sha256_of(path: Path) -> str:
+    """Hex sha256 of a file, read in blocks."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def fingerprint(tower: TowerSpec, pixels: PixelSpec, tensor_hashes: Mapping[str, str]) -> str:
+    """One hash of tower, preprocessing and weights.
+
+    `tensor_hashes` maps each weight's name to the sha256 of its values as stored in the checkpoint; runtime and precision
+    have no part in it, because embeddings of the same weights are interchangeable whoever computed them.
+    """
+    identity = {"tower": tower.to_dict(), "pixels": pixels.to_dict(), "weights": dict(tensor_hashes)}
+    return hashlib.sha256(json.dumps(identity, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def seal(directory: Path, manifest: Manifest) -> Artifact:
+    """Hash every file under `directory`, write the manifest and its seal, and return the artifact.
+
+    Raises:
+        ArtifactError: if a variant names a file that is not there.
+    """
+    names = sorted(path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())
+    hashes = {name: sha256_of(directory / name) for name in names if name not in (MANIFEST, SEAL)}
+    sizes = {name: (directory / name).stat().st_size for name in hashes}
+    for variant in manifest.variants:
+        missing = [name for name in variant.files if name not in hashes]
+        if missing:
+            raise ArtifactError(f"{variant.name} needs {', '.join(missing)}, which was not written")
+    content = {
+        "schema": SCHEMA,
+        "fingerprint": manifest.fingerprint,
+        "checkpoint": {
+            "source": manifest.checkpoint.source,
+            "dtype": str(manifest.checkpoint.dtype),
+            "random_weights": manifest.checkpoint.random_weights,
+        },
+        "tower": manifest.tower.to_dict(),
+        "pixels": manifest.pixels.to_dict(),
+        "variants": [variant.to_dict() for variant in manifest.variants],
+        "versions": dict(manifest.versions),
+        "files": {name: {"sha256": hashes[name], "bytes": sizes[name]} for name in hashes},
+    }
+    data = (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+    (directory / MANIFEST).write_bytes(data)
+    (directory / SEAL).write_text(f"{hashlib.sha256(data).hexdigest()}  {MANIFEST}\n")
+    return Artifact(directory, manifest, hashes)
+
+
+def open_artifact(directory: Path) -> Artifact:
+    """Read a manifest whose seal holds. The graphs are checked by `Artifact.verify`.
+
+    Raises:
+        ArtifactError: if it is absent, changed, unreadable or of a newer schema.
+    """
+    manifest_path, seal_path = directory / MANIFEST, directory / SEAL
+    if not manifest_path.is_file():
+        raise ArtifactError(
+            f"there is no {MANIFEST} in the artifact directory; `python -m export --out DIR` writes one"
+        )
+    if not seal_path.is_file():
+        raise ArtifactError(f"{SEAL} is missing; export the artifact again or copy it whole")
+    data = manifest_path.read_bytes()
+    try:
+        sealed = seal_path.read_text().split()[0]
+    except (UnicodeDecodeError, IndexError):
+        raise ArtifactError(f"{SEAL} does not hold a sha256; export the artifact again or copy it whole") from None
+    if hashlib.sha256(data).hexdigest() != sealed:
+        raise ArtifactError(f"{MANIFEST} was changed after export: it does not match {SEAL}")
+    try:
+        content = json.loads(data)
+        schema = content["schema"]
+        if schema != SCHEMA:
+            raise ArtifactError(
+                f"the artifact is of schema {schema}, this sidecar reads schema {SCHEMA}; "
+                + ("update the sidecar" if schema > SCHEMA else "export the artifact again")
+            )
+        checkpoint = content["checkpoint"]
+        manifest = Manifest(
+            fingerprint=content["fingerprint"],
+            checkpoint=Checkpoint(**{**checkpoint, "dtype": DType(checkpoint["dtype"])}),
+            tower=TowerSpec.from_dict(content["tower"]),
+            pixels=PixelSpec.from_dict(content["pixels"]),
+            variants=tuple(Variant.from_dict(variant) for variant in content["variants"]),
+            versions=content["versions"],
+        )
+        hashes = {name: entry["sha256"] for name, entry in content["files"].items()}
+    except ArtifactError:
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError, SpecError) as error:
+        raise ArtifactError(f"{MANIFEST} cannot be read: {error}") from None
+    for name in [*hashes, *(file for variant in manifest.variants for file in (variant.graph, *variant.files))]:
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            raise ArtifactError(f"{MANIFEST} names a file outside the artifact: {name}")
+    return Artifact(directory, manifest, hashes)

@@ -1,0 +1,1 @@
+"""Runtimes: one artifact variant loaded on one device, patches in and embeddings out."""

@@ -1,0 +1,103 @@
+"""OpenVINO on a CPU (or any device it names): the default runtime of the sidecar."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openvino as ov
+
+from sidecar.runtimes.base import Load, Runtime, RuntimeFault
+from sidecar.vision.dtypes import Array, DType
+from sidecar.vision.grid import Grid
+from sidecar.vision.windows import plan_windows
+
+# Activations are quantised on the fly in groups of this many values, each with its own scale. Larger groups were no faster
+# on AVX-512 VNNI, and a group per row (or none) took 2 to 3 times as long; see docs/performance.md.
+DYNAMIC_QUANTISATION_GROUP = 128
+
+# What the graph computes in, for each precision an artifact may have. int8 quantises the linear layers and runs the rest,
+# attention above all, in bfloat16.
+_INFERENCE_PRECISION = {"f32": ov.Type.f32, "bf16": ov.Type.bf16, "int8": ov.Type.bf16}
+
+_OUTPUT_TYPE = {DType.FLOAT32: ov.Type.f32, DType.FLOAT16: ov.Type.f16, DType.BFLOAT16: ov.Type.bf16}
+
+
+class OpenVinoRuntime(Runtime):
+    """One compiled model and one infer request."""
+
+    name = "openvino"
+
+    def __init__(self, load: Load) -> None:
+        """Compile the graph.
+
+        Raises:
+            RuntimeFault: if OpenVINO cannot read or compile it.
+        """
+        self.precision = load.precision
+        self.output_dtype = load.output_dtype
+        self._tower = load.tower
+        core = ov.Core()
+        if load.cache_dir is not None:
+            core.set_property({"CACHE_DIR": str(load.cache_dir)})
+        try:
+            model = core.read_model(load.graph)
+            steps = ov.preprocess.PrePostProcessor(model)
+            steps.output().tensor().set_element_type(_OUTPUT_TYPE[load.output_dtype])
+            compiled = core.compile_model(steps.build(), openvino_device(load.device), compile_options(load))
+            self._request = compiled.create_infer_request()
+        except (RuntimeError, KeyError) as error:
+            raise RuntimeFault(f"OpenVINO could not load {load.graph.name} on {load.device}: {error}") from error
+        self.device = describe_device(core, compiled)
+        self._inputs = [port.any_name for port in compiled.inputs]
+
+    def run(self, patches: Array, grids: Sequence[Grid], out: Array) -> None:
+        plan = plan_windows(grids, self._tower)
+        arrays: dict[str, Array] = {
+            "patches": patches[plan.patch_order].astype(np.float32, copy=False),
+            **plan.tower_inputs,
+        }
+        try:
+            for name in self._inputs:
+                self._request.set_tensor(name, ov.Tensor(np.ascontiguousarray(arrays[name]), shared_memory=True))
+            self._request.set_output_tensor(shared_output(out, self.output_dtype))
+            self._request.infer()
+        except RuntimeError as error:
+            raise RuntimeFault(f"OpenVINO failed on a run of {len(patches)} patches: {error}") from error
+
+
+def shared_output(out: Array, dtype: DType) -> ov.Tensor:
+    """An OpenVINO tensor over `out`'s own memory, so that the runtime writes its result in place."""
+    return ov.Tensor(out, out.shape, _OUTPUT_TYPE[dtype])
+
+
+def openvino_device(device: str) -> str:
+    """`cpu` → `CPU`, `ov:GPU.1` → `GPU.1`."""
+    return device.removeprefix("ov:").upper()
+
+
+def compile_options(load: Load) -> dict[str, Any]:
+    options: dict[str, Any] = {
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_PRECISION_HINT": _INFERENCE_PRECISION[load.precision],
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": DYNAMIC_QUANTISATION_GROUP if load.precision == "int8" else 0,
+    }
+    if load.threads:
+        options["INFERENCE_NUM_THREADS"] = load.threads
+    return options
+
+
+def describe_device(core: ov.Core, compiled: ov.CompiledModel) -> str:
+    """The device that will run, its name and the precision it really took, as the compiled model reports them."""
+    devices = ",".join(compiled.get_property("EXECUTION_DEVICES"))
+    name = core.get_property(devices.split(",")[0], "FULL_DEVICE_NAME").strip()
+    threads = compiled.get_property("INFERENCE_NUM_THREADS")
+    precision = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
+    return f"{devices} ({name}, {threads} threads, {precision})"
+
+
+def graph_files(graph: Path) -> tuple[Path, Path]:
+    """A graph's two files: topology and weights."""
+    return graph, graph.with_suffix(".bin")
