@@ -2,7 +2,8 @@
 
 A checkpoint is a directory or a hub id, in any layout that Hugging Face publishes or saves: one safetensors file or
 shards, names under `visual.` or `model.visual.`, configuration flat or nested. Of the weights only the vision tensors
-are read, and only when asked for; the language model beside them costs no time, no memory and, from the hub, no transfer.
+are read, and only when asked for; the language model beside them costs no time, no memory and no
+transfer from the hub.
 
 Everything is verified against the project's own `Tower` before a weight is transferred: what opens is complete, of the
 right shapes and in floating point.
@@ -13,6 +14,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Iterator, Mapping
+from functools import reduce
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +24,6 @@ from torch import Tensor
 
 from export.files import CheckpointError, Files, LocalFiles, StoredTensor
 from export.hub import HubFiles
-from sidecar.vision.dtypes import DType
 from sidecar.vision.spec import PixelSpec, TowerSpec
 from sidecar.vision.tower import Tower
 
@@ -38,7 +39,7 @@ _PICKLED_FILES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 _SHARD_NAME = re.compile(r"[A-Za-z0-9._-]+\.safetensors")
 
 # safetensors' codes of the dtypes that a tower may be stored in.
-_DTYPES = {dtype.safetensors: dtype for dtype in (DType.BFLOAT16, DType.FLOAT16, DType.FLOAT32)}
+_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 # Told (bytes so far, bytes in all) while weights are transferred.
 Progress = Callable[[int, int], None]
@@ -57,9 +58,8 @@ class Checkpoint:
     Attributes:
         tower: the network's sizes.
         pixels: its preprocessing.
-        dtype: what the weights are stored in; float32 where tensors differ, since that holds all of them exactly.
-        source: hub id, or the directory's name.
-        revision: the commit on the hub, empty for a directory.
+        dtype: what the weights are stored in; where tensors differ, the narrowest dtype that holds all of them exactly.
+        source: hub id and commit ("Qwen/Qwen2.5-VL-3B-Instruct@66285546…"), or the directory's name.
         random_weights: whether the checkpoint says of itself that it was made by `synthetic.py`.
         names: names of all tensors, sorted, as in `Tower.state_dict()`.
     """
@@ -77,14 +77,12 @@ class Checkpoint:
         self.tower = tower
         self.pixels = pixels
         self.source = files.source
-        self.revision = files.revision
         self.random_weights = random_weights
         self.names = tuple(sorted(found))
-        dtypes = {_DTYPES[each.stored.dtype] for each in found.values()}
-        self.dtype = dtypes.pop() if len(dtypes) == 1 else DType.FLOAT32
+        self.dtype = reduce(torch.promote_types, {_DTYPES[each.stored.dtype] for each in found.values()})
         self._found = found
         # Opening maps a file into memory; its pages are read when a tensor is used.
-        self._opened = {shard: _open(path, f"{shard} of {files.label}") for shard, path in shards.items()}
+        self._opened = {shard: _open(path, f"{shard} of {files.source}") for shard, path in shards.items()}
 
     def tensor(self, name: str) -> Tensor:
         """One weight as it is stored: its dtype unchanged, its memory mapped from the file and read at first use.
@@ -121,16 +119,16 @@ def open_checkpoint(
     files = _files(model, revision, cache_dir)
     config = files.json("config.json")
     if config is None:
-        raise CheckpointError(f"{files.label} has no config.json: give the directory that holds a whole checkpoint")
+        raise CheckpointError(f"{files.source} has no config.json: give the directory that holds a whole checkpoint")
     try:
         tower, pixels = _tower_spec(config), _pixel_spec(files)
     except CheckpointError:
         raise
     except (ValueError, TypeError, AttributeError) as error:  # SpecError, and values of types that no number has
-        raise CheckpointError(f"{files.label}: {error}") from error
+        raise CheckpointError(f"{files.source}: {error}") from error
 
     found = _find(files)
-    _verify(found, tower, pixels, config, files.label)
+    _verify(found, tower, pixels, config, files.source)
 
     total = sum(each.stored.end - each.stored.start for each in found.values())
     done = 0
@@ -183,7 +181,7 @@ def _pixel_spec(files: Files) -> PixelSpec:
     image = nested.get("image_processor") or image_file
     video = nested.get("video_processor") or files.json("video_preprocessor_config.json") or image_file
     if image is None:
-        logger.warning("%s has no image processor configuration: Qwen2.5-VL's defaults are assumed", files.label)
+        logger.warning("%s has no image processor configuration: Qwen2.5-VL's defaults are assumed", files.source)
     return PixelSpec.from_config(_stated(image), _stated(video))
 
 
@@ -204,16 +202,16 @@ def _find(files: Files) -> dict[str, _Found]:
         held = {tensor.name: tensor for tensor in files.header(shard) if _canonical(tensor.name) is not None}
         for name in sorted(claimed - held.keys()):
             raise CheckpointError(
-                f"{files.label}: {INDEX_FILE} places {name} in {shard}, which lacks it; download both again"
+                f"{files.source}: {INDEX_FILE} places {name} in {shard}, which lacks it; download both again"
             )
         for stored in held.values():
             name = _canonical(stored.name) or ""
             if name in found:
-                raise CheckpointError(f"{files.label} holds {name} twice: in {found[name].shard} and in {shard}")
+                raise CheckpointError(f"{files.source} holds {name} twice: in {found[name].shard} and in {shard}")
             found[name] = _Found(shard, stored)
     if not found:
         raise CheckpointError(
-            f"{files.label} holds no vision tensors (none is named visual.* or model.visual.*): give a whole "
+            f"{files.source} holds no vision tensors (none is named visual.* or model.visual.*): give a whole "
             "Qwen2.5-VL checkpoint, not a text model or an adapter"
         )
     return found
@@ -229,26 +227,26 @@ def _shards(files: Files) -> dict[str, set[str]]:
             return {SINGLE_FILE: set()}
         if any(files.exists(name) for name in _PICKLED_FILES):
             raise CheckpointError(
-                f"{files.label} holds its weights as pytorch_model.bin (pickle), which can neither be read in part "
+                f"{files.source} holds its weights as pytorch_model.bin (pickle), which can neither be read in part "
                 "nor be trusted: give a checkpoint in safetensors, such as transformers' save_pretrained writes"
             )
-        raise CheckpointError(f"{files.label} has no weights: expected {SINGLE_FILE} or {INDEX_FILE} with its shards")
+        raise CheckpointError(f"{files.source} has no weights: expected {SINGLE_FILE} or {INDEX_FILE} with its shards")
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict):
-        raise CheckpointError(f"{INDEX_FILE} of {files.label} has no weight_map: download it again")
+        raise CheckpointError(f"{INDEX_FILE} of {files.source} has no weight_map: download it again")
     claimed: dict[str, set[str]] = {}
     for name, shard in weight_map.items():
         if _canonical(name) is not None:
             if not isinstance(shard, str) or not _SHARD_NAME.fullmatch(shard):
                 raise CheckpointError(
-                    f"{INDEX_FILE} of {files.label} names {shard!r}, which is no file name of a shard"
+                    f"{INDEX_FILE} of {files.source} names {shard!r}, which is no file name of a shard"
                 )
             claimed.setdefault(shard, set()).add(name)
     return claimed
 
 
 def _verify(
-    found: Mapping[str, _Found], spec: TowerSpec, pixels: PixelSpec, config: Mapping[str, Any], label: str
+    found: Mapping[str, _Found], spec: TowerSpec, pixels: PixelSpec, config: Mapping[str, Any], source: str
 ) -> None:
     with torch.device("meta"):
         expected = {name: tuple(tensor.shape) for name, tensor in Tower(spec, pixels).state_dict().items()}
@@ -258,22 +256,22 @@ def _verify(
     if narrow:
         method = (config.get("quantization_config") or {}).get("quant_method", "")
         raise CheckpointError(
-            f"{label} has a quantised vision tower{f' ({method})' if method else ''}: {_some(narrow)}. Give the "
+            f"{source} has a quantised vision tower{f' ({method})' if method else ''}: {_some(narrow)}. Give the "
             f"checkpoint that it was made from, or one whose vision tensors stayed in {', '.join(_DTYPES)}"
         )
     if extra := sorted(found.keys() - expected.keys()):
         raise CheckpointError(
-            f"{label} has vision tensors that no Qwen2.5-VL tower of its config.json has: {_some(extra)}"
+            f"{source} has vision tensors that no Qwen2.5-VL tower of its config.json has: {_some(extra)}"
         )
     if missing := sorted(expected.keys() - found.keys()):
-        raise CheckpointError(f"{label} lacks vision tensors that its config.json calls for: {_some(missing)}")
+        raise CheckpointError(f"{source} lacks vision tensors that its config.json calls for: {_some(missing)}")
     wrong = [
         f"{name} is {found[name].stored.shape} instead of {shape}"
         for name, shape in expected.items()
         if found[name].stored.shape != shape
     ]
     if wrong:
-        raise CheckpointError(f"{label} has vision tensors of other shapes than its config.json says: {_some(wrong)}")
+        raise CheckpointError(f"{source} has vision tensors of other shapes than its config.json says: {_some(wrong)}")
 
 
 def _some(entries: list[str]) -> str:

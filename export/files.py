@@ -36,17 +36,7 @@ class Files(Protocol):
 
     @property
     def source(self) -> str:
-        """The checkpoint's name for manifests: hub id or directory name, never a path of this machine."""
-        ...
-
-    @property
-    def revision(self) -> str:
-        """The commit, empty where there is none."""
-        ...
-
-    @property
-    def label(self) -> str:
-        """The checkpoint's name for people."""
+        """The checkpoint's name for people and manifests: never a path of this machine."""
         ...
 
     def json(self, name: str) -> dict[str, Any] | None:
@@ -70,8 +60,7 @@ class LocalFiles:
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
-        self.source = self.label = directory.resolve().name
-        self.revision = ""
+        self.source = directory.resolve().name
 
     def json(self, name: str) -> dict[str, Any] | None:
         path = self._directory / name

@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, constants, hf_hub_download, hf_hub_url, is_offline_mode, try_to_load_from_cache
+from huggingface_hub import HfApi, constants, hf_hub_download, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -50,7 +50,6 @@ from export.files import (
 
 logger = logging.getLogger(__name__)
 
-_CHUNK_BYTES = 1 << 20
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-\d+/(\d+)")
 # Answers in a row that broke off without one new byte, after which a transfer is given up.
 _MAX_STALLS = 4
@@ -80,28 +79,27 @@ class HubFiles:
         with self._explained("config.json"):
             try:
                 config = Path(hf_hub_download(repo_id, "config.json", revision=revision, cache_dir=cache_dir))
+            except LocalEntryNotFoundError:  # unreachable, which is not the same as absent
+                raise
             except EntryNotFoundError as error:
-                if isinstance(error, LocalEntryNotFoundError):
-                    raise
                 raise CheckpointError(f"{repo_id} has no config.json, so it is no Hugging Face checkpoint") from error
         # The cache's published layout: <repository>/snapshots/<commit>/<file>.
-        self.revision = config.parent.name
-        self._vision = config.parents[2] / "vision" / self.revision
-        self.source = repo_id
-        self.label = f"{repo_id}@{self.revision}"
+        self._commit = config.parent.name
+        self._vision = config.parents[2] / "vision" / self._commit
+        self.source = f"{repo_id}@{self._commit}"
 
     def json(self, name: str) -> dict[str, Any] | None:
         path = self._download(name)
-        return None if path is None else parse_json(path, f"{name} of {self.label}")
+        return None if path is None else parse_json(path, f"{name} of {self.source}")
 
     def exists(self, name: str) -> bool:
         if self._at_hand(name):
             return True
         with self._explained(name):
-            return HfApi().file_exists(self._repo_id, name, revision=self.revision)
+            return HfApi().file_exists(self._repo_id, name, revision=self._commit)
 
     def header(self, shard: str) -> list[StoredTensor]:
-        where = f"{shard} of {self.label}"
+        where = f"{shard} of {self.source}"
         path = self._at_hand(shard)
         if path is None:
             received = bytearray()
@@ -115,7 +113,7 @@ class HubFiles:
                 logger.warning("%s does not serve byte ranges: downloading %s whole", constants.ENDPOINT, shard)
                 path = self._download(shard)
             if path is None:
-                raise CheckpointError(f"{self.label} lacks {shard}")
+                raise CheckpointError(f"{self.source} lacks {shard}")
         return read_header(path, where)
 
     def fetch(self, shard: str, tensors: Iterable[StoredTensor], received: Callable[[int], None]) -> Path:
@@ -143,7 +141,7 @@ class HubFiles:
 
     def _at_hand(self, name: str) -> Path | None:
         """The file in the cache, or our cut of it."""
-        cached = try_to_load_from_cache(self._repo_id, name, cache_dir=self._cache_dir, revision=self.revision)
+        cached = try_to_load_from_cache(self._repo_id, name, cache_dir=self._cache_dir, revision=self._commit)
         if isinstance(cached, str):
             return Path(cached)
         cut = self._vision / name
@@ -151,18 +149,18 @@ class HubFiles:
 
     def _download(self, name: str) -> Path | None:
         """The whole file, None if the repository has no such file."""
-        cached = try_to_load_from_cache(self._repo_id, name, cache_dir=self._cache_dir, revision=self.revision)
+        cached = try_to_load_from_cache(self._repo_id, name, cache_dir=self._cache_dir, revision=self._commit)
         if cached is not None:  # a path, or the note that the commit has no such file
             return Path(cached) if isinstance(cached, str) else None
         # A cache that another program filled has no such notes: offline, what is not there counts as not existing.
-        if is_offline_mode():
+        if constants.HF_HUB_OFFLINE:
             return None
         with self._explained(name):
             try:
-                return Path(hf_hub_download(self._repo_id, name, revision=self.revision, cache_dir=self._cache_dir))
-            except EntryNotFoundError as error:
-                if isinstance(error, LocalEntryNotFoundError):  # unreachable, which is not the same as absent
-                    raise
+                return Path(hf_hub_download(self._repo_id, name, revision=self._commit, cache_dir=self._cache_dir))
+            except LocalEntryNotFoundError:
+                raise
+            except EntryNotFoundError:
                 return None
 
     def _read(self, shard: str, start: int, end: int, sink: Callable[[bytes], object]) -> int:
@@ -173,7 +171,7 @@ class HubFiles:
             _RangesIgnoredError: if the server answers with the whole file; nothing of it is read.
             CheckpointError: if the file is absent or shorter, or cannot be read to the end.
         """
-        url = hf_hub_url(self._repo_id, shard, revision=self.revision)
+        url = hf_hub_url(self._repo_id, shard, revision=self._commit)
         position, stalls = start, 0
         while True:
             before = position
@@ -192,9 +190,9 @@ class HubFiles:
                     raise CheckpointError(f"{constants.ENDPOINT} served other bytes of {shard} than were asked for")
                 file_bytes = int(served[2])
                 if file_bytes < end:
-                    raise CheckpointError(f"{shard} of {self.label} is truncated: it has {file_bytes} bytes, not {end}")
+                    raise CheckpointError(f"{shard} of {self.source} is truncated: it has {file_bytes} bytes, not {end}")
                 try:
-                    for chunk in response.iter_bytes(_CHUNK_BYTES):
+                    for chunk in response.iter_bytes():
                         piece = chunk[: end - position]
                         sink(piece)
                         position += len(piece)

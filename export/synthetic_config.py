@@ -10,10 +10,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
-from tokenizers.models import BPE
-from tokenizers.trainers import BpeTrainer
-
 from sidecar.vision.spec import PixelSpec
 
 Kind = Literal["toy", "3b", "7b"]
@@ -226,6 +222,11 @@ def _nested(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def write_tokenizer(directory: Path) -> None:
     """Write the toy's byte-level BPE tokenizer with Qwen's special tokens, its chat template, and greedy generation."""
+    # Here, because no other checkpoint needs the library.
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
+    from tokenizers.models import BPE
+    from tokenizers.trainers import BpeTrainer
+
     first = _FIRST_ADDED["toy"]
     tokenizer = Tokenizer(BPE())
     tokenizer.normalizer = normalizers.NFC()

@@ -4,15 +4,18 @@
 # source: sidecar/pb/encoder.proto
 # Protobuf Python Version: 6.31.1
 """Generated protocol buffer code."""
-
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import descriptor_pool as _descriptor_pool
 from google.protobuf import runtime_version as _runtime_version
 from google.protobuf import symbol_database as _symbol_database
 from google.protobuf.internal import builder as _builder
-
 _runtime_version.ValidateProtobufRuntimeVersion(
-    _runtime_version.Domain.PUBLIC, 6, 31, 1, "", "sidecar/pb/encoder.proto"
+    _runtime_version.Domain.PUBLIC,
+    6,
+    31,
+    1,
+    '',
+    'sidecar/pb/encoder.proto'
 )
 # @@protoc_insertion_point(imports)
 
@@ -22,55 +25,53 @@ _sym_db = _symbol_database.Default()
 from google.rpc import status_pb2 as google_dot_rpc_dot_status__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(
-    b'\n\x18sidecar/pb/encoder.proto\x12\x0e\x65pd.encoder.v1\x1a\x17google/rpc/status.proto"\'\n\x04Grid\x12\t\n\x01t\x18\x01 \x01(\r\x12\t\n\x01h\x18\x02 \x01(\r\x12\t\n\x01w\x18\x03 \x01(\r"4\n\rEncodeRequest\x12#\n\x05items\x18\x01 \x03(\x0b\x32\x14.epd.encoder.v1.Item"\xe1\x01\n\x04Item\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x0f\n\x05image\x18\x02 \x01(\x0cH\x00\x12-\n\trgb_image\x18\x03 \x01(\x0b\x32\x18.epd.encoder.v1.RgbImageH\x00\x12-\n\trgb_video\x18\x04 \x01(\x0b\x32\x18.epd.encoder.v1.RgbVideoH\x00\x12*\n\x07patches\x18\x05 \x01(\x0b\x32\x17.epd.encoder.v1.PatchesH\x00\x12\x12\n\nmin_pixels\x18\x06 \x01(\x04\x12\x12\n\nmax_pixels\x18\x07 \x01(\x04\x42\t\n\x07\x63ontent"7\n\x08RgbImage\x12\x0e\n\x06height\x18\x01 \x01(\r\x12\r\n\x05width\x18\x02 \x01(\r\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c"G\n\x08RgbVideo\x12\x0e\n\x06\x66rames\x18\x01 \x01(\r\x12\x0e\n\x06height\x18\x02 \x01(\r\x12\r\n\x05width\x18\x03 \x01(\r\x12\x0c\n\x04\x64\x61ta\x18\x04 \x01(\x0c"\xe1\x01\n\x07Patches\x12"\n\x04grid\x18\x01 \x01(\x0b\x32\x14.epd.encoder.v1.Grid\x12$\n\x05\x64type\x18\x02 \x01(\x0e\x32\x15.epd.encoder.v1.DType\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\x12,\n\x05scale\x18\x04 \x01(\x0e\x32\x1d.epd.encoder.v1.Patches.Scale\x12\x14\n\x0csingle_slice\x18\x05 \x01(\x08":\n\x05Scale\x12\x15\n\x11SCALE_UNSPECIFIED\x10\x00\x12\n\n\x06PIXELS\x10\x01\x12\x0e\n\nNORMALISED\x10\x02"\xa4\x01\n\x0e\x45ncodeResponse\x12\r\n\x05index\x18\x01 \x01(\r\x12.\n\tembedding\x18\x02 \x01(\x0b\x32\x19.epd.encoder.v1.EmbeddingH\x00\x12&\n\x05\x63hunk\x18\x03 \x01(\x0b\x32\x15.epd.encoder.v1.ChunkH\x00\x12#\n\x05\x65rror\x18\x04 \x01(\x0b\x32\x12.google.rpc.StatusH\x00\x42\x06\n\x04part"\xf9\x01\n\tEmbedding\x12\x0b\n\x03key\x18\x01 \x01(\t\x12"\n\x04grid\x18\x02 \x01(\x0b\x32\x14.epd.encoder.v1.Grid\x12\x0e\n\x06tokens\x18\x03 \x01(\r\x12\r\n\x05width\x18\x04 \x01(\r\x12$\n\x05\x64type\x18\x05 \x01(\x0e\x32\x15.epd.encoder.v1.DType\x12\x12\n\nsize_bytes\x18\x06 \x01(\x04\x12\x13\n\x0b\x66ingerprint\x18\x07 \x01(\t\x12"\n\x04lane\x18\x08 \x01(\x0b\x32\x14.epd.encoder.v1.Lane\x12)\n\x05times\x18\t \x01(\x0b\x32\x1a.epd.encoder.v1.StageTimes"%\n\x05\x43hunk\x12\x0e\n\x06offset\x18\x01 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c":\n\x04Lane\x12\x0f\n\x07runtime\x18\x01 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x02 \x01(\t\x12\x11\n\tprecision\x18\x03 \x01(\t"E\n\nStageTimes\x12\x15\n\rpreprocess_ms\x18\x01 \x01(\x01\x12\x10\n\x08queue_ms\x18\x02 \x01(\x01\x12\x0e\n\x06run_ms\x18\x03 \x01(\x01"\r\n\x0bInfoRequest"\xe2\x02\n\x0cInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12.\n\ncheckpoint\x18\x03 \x01(\x0b\x32\x1a.epd.encoder.v1.Checkpoint\x12(\n\x05tower\x18\x04 \x01(\x0b\x32\x19.epd.encoder.v1.TowerSpec\x12)\n\x06pixels\x18\x05 \x01(\x0b\x32\x19.epd.encoder.v1.PixelSpec\x12.\n\x0f\x65mbedding_dtype\x18\x06 \x01(\x0e\x32\x15.epd.encoder.v1.DType\x12#\n\x05lanes\x18\x07 \x03(\x0b\x32\x14.epd.encoder.v1.Lane\x12&\n\x06limits\x18\x08 \x01(\x0b\x32\x16.epd.encoder.v1.Limits\x12*\n\x08\x61\x63\x63uracy\x18\t \x03(\x0b\x32\x18.epd.encoder.v1.Accuracy"U\n\nCheckpoint\x12\x0e\n\x06source\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12\r\n\x05\x64type\x18\x03 \x01(\t\x12\x16\n\x0erandom_weights\x18\x04 \x01(\x08"\xaa\x01\n\tTowerSpec\x12\r\n\x05\x64\x65pth\x18\x01 \x01(\r\x12\x13\n\x0bhidden_size\x18\x02 \x01(\r\x12\x17\n\x0fout_hidden_size\x18\x03 \x01(\r\x12\x12\n\npatch_size\x18\x04 \x01(\r\x12\x1b\n\x13temporal_patch_size\x18\x05 \x01(\r\x12\x1a\n\x12spatial_merge_size\x18\x06 \x01(\r\x12\x13\n\x0bin_channels\x18\x07 \x01(\r"\xa6\x01\n\tPixelSpec\x12\x12\n\nimage_mean\x18\x01 \x03(\x01\x12\x11\n\timage_std\x18\x02 \x03(\x01\x12\x16\n\x0erescale_factor\x18\x03 \x01(\x01\x12\x12\n\nmin_pixels\x18\x04 \x01(\x04\x12\x12\n\nmax_pixels\x18\x05 \x01(\x04\x12\x18\n\x10video_min_pixels\x18\x06 \x01(\x04\x12\x18\n\x10video_max_pixels\x18\x07 \x01(\x04"Z\n\x06Limits\x12\x15\n\rmessage_bytes\x18\x01 \x01(\x04\x12\r\n\x05items\x18\x02 \x01(\r\x12\x14\n\x0cimage_pixels\x18\x03 \x01(\x04\x12\x14\n\x0citem_patches\x18\x04 \x01(\x04"o\n\x08\x41\x63\x63uracy\x12\x0f\n\x07runtime\x18\x01 \x01(\t\x12\x11\n\tprecision\x18\x02 \x01(\t\x12\x12\n\ncosine_min\x18\x03 \x01(\x01\x12\x13\n\x0b\x63osine_mean\x18\x04 \x01(\x01\x12\x16\n\x0erelative_error\x18\x05 \x01(\x01*Q\n\x05\x44Type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\t\n\x05UINT8\x10\x01\x12\x0b\n\x07\x46LOAT32\x10\x02\x12\x0b\n\x07\x46LOAT16\x10\x03\x12\x0c\n\x08\x42\x46LOAT16\x10\x04\x32\x97\x01\n\x07\x45ncoder\x12\x41\n\x04Info\x12\x1b.epd.encoder.v1.InfoRequest\x1a\x1c.epd.encoder.v1.InfoResponse\x12I\n\x06\x45ncode\x12\x1d.epd.encoder.v1.EncodeRequest\x1a\x1e.epd.encoder.v1.EncodeResponse0\x01\x62\x06proto3'
-)
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18sidecar/pb/encoder.proto\x12\x0e\x65pd.encoder.v1\x1a\x17google/rpc/status.proto\"\'\n\x04Grid\x12\t\n\x01t\x18\x01 \x01(\r\x12\t\n\x01h\x18\x02 \x01(\r\x12\t\n\x01w\x18\x03 \x01(\r\"4\n\rEncodeRequest\x12#\n\x05items\x18\x01 \x03(\x0b\x32\x14.epd.encoder.v1.Item\"\xe1\x01\n\x04Item\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x0f\n\x05image\x18\x02 \x01(\x0cH\x00\x12-\n\trgb_image\x18\x03 \x01(\x0b\x32\x18.epd.encoder.v1.RgbImageH\x00\x12-\n\trgb_video\x18\x04 \x01(\x0b\x32\x18.epd.encoder.v1.RgbVideoH\x00\x12*\n\x07patches\x18\x05 \x01(\x0b\x32\x17.epd.encoder.v1.PatchesH\x00\x12\x12\n\nmin_pixels\x18\x06 \x01(\x04\x12\x12\n\nmax_pixels\x18\x07 \x01(\x04\x42\t\n\x07\x63ontent\"7\n\x08RgbImage\x12\x0e\n\x06height\x18\x01 \x01(\r\x12\r\n\x05width\x18\x02 \x01(\r\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"G\n\x08RgbVideo\x12\x0e\n\x06\x66rames\x18\x01 \x01(\r\x12\x0e\n\x06height\x18\x02 \x01(\r\x12\r\n\x05width\x18\x03 \x01(\r\x12\x0c\n\x04\x64\x61ta\x18\x04 \x01(\x0c\"\xe1\x01\n\x07Patches\x12\"\n\x04grid\x18\x01 \x01(\x0b\x32\x14.epd.encoder.v1.Grid\x12$\n\x05\x64type\x18\x02 \x01(\x0e\x32\x15.epd.encoder.v1.DType\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\x12,\n\x05scale\x18\x04 \x01(\x0e\x32\x1d.epd.encoder.v1.Patches.Scale\x12\x14\n\x0csingle_slice\x18\x05 \x01(\x08\":\n\x05Scale\x12\x15\n\x11SCALE_UNSPECIFIED\x10\x00\x12\n\n\x06PIXELS\x10\x01\x12\x0e\n\nNORMALISED\x10\x02\"\xa4\x01\n\x0e\x45ncodeResponse\x12\r\n\x05index\x18\x01 \x01(\r\x12.\n\tembedding\x18\x02 \x01(\x0b\x32\x19.epd.encoder.v1.EmbeddingH\x00\x12&\n\x05\x63hunk\x18\x03 \x01(\x0b\x32\x15.epd.encoder.v1.ChunkH\x00\x12#\n\x05\x65rror\x18\x04 \x01(\x0b\x32\x12.google.rpc.StatusH\x00\x42\x06\n\x04part\"\xf9\x01\n\tEmbedding\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\"\n\x04grid\x18\x02 \x01(\x0b\x32\x14.epd.encoder.v1.Grid\x12\x0e\n\x06tokens\x18\x03 \x01(\r\x12\r\n\x05width\x18\x04 \x01(\r\x12$\n\x05\x64type\x18\x05 \x01(\x0e\x32\x15.epd.encoder.v1.DType\x12\x12\n\nsize_bytes\x18\x06 \x01(\x04\x12\x13\n\x0b\x66ingerprint\x18\x07 \x01(\t\x12\"\n\x04lane\x18\x08 \x01(\x0b\x32\x14.epd.encoder.v1.Lane\x12)\n\x05times\x18\t \x01(\x0b\x32\x1a.epd.encoder.v1.StageTimes\"%\n\x05\x43hunk\x12\x0e\n\x06offset\x18\x01 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\":\n\x04Lane\x12\x0f\n\x07runtime\x18\x01 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x02 \x01(\t\x12\x11\n\tprecision\x18\x03 \x01(\t\"E\n\nStageTimes\x12\x15\n\rpreprocess_ms\x18\x01 \x01(\x01\x12\x10\n\x08queue_ms\x18\x02 \x01(\x01\x12\x0e\n\x06run_ms\x18\x03 \x01(\x01\"\r\n\x0bInfoRequest\"\xe2\x02\n\x0cInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12.\n\ncheckpoint\x18\x03 \x01(\x0b\x32\x1a.epd.encoder.v1.Checkpoint\x12(\n\x05tower\x18\x04 \x01(\x0b\x32\x19.epd.encoder.v1.TowerSpec\x12)\n\x06pixels\x18\x05 \x01(\x0b\x32\x19.epd.encoder.v1.PixelSpec\x12.\n\x0f\x65mbedding_dtype\x18\x06 \x01(\x0e\x32\x15.epd.encoder.v1.DType\x12#\n\x05lanes\x18\x07 \x03(\x0b\x32\x14.epd.encoder.v1.Lane\x12&\n\x06limits\x18\x08 \x01(\x0b\x32\x16.epd.encoder.v1.Limits\x12*\n\x08\x61\x63\x63uracy\x18\t \x03(\x0b\x32\x18.epd.encoder.v1.Accuracy\"C\n\nCheckpoint\x12\x0e\n\x06source\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\x16\n\x0erandom_weights\x18\x03 \x01(\x08\"\xaa\x01\n\tTowerSpec\x12\r\n\x05\x64\x65pth\x18\x01 \x01(\r\x12\x13\n\x0bhidden_size\x18\x02 \x01(\r\x12\x17\n\x0fout_hidden_size\x18\x03 \x01(\r\x12\x12\n\npatch_size\x18\x04 \x01(\r\x12\x1b\n\x13temporal_patch_size\x18\x05 \x01(\r\x12\x1a\n\x12spatial_merge_size\x18\x06 \x01(\r\x12\x13\n\x0bin_channels\x18\x07 \x01(\r\"\xa6\x01\n\tPixelSpec\x12\x12\n\nimage_mean\x18\x01 \x03(\x01\x12\x11\n\timage_std\x18\x02 \x03(\x01\x12\x16\n\x0erescale_factor\x18\x03 \x01(\x01\x12\x12\n\nmin_pixels\x18\x04 \x01(\x04\x12\x12\n\nmax_pixels\x18\x05 \x01(\x04\x12\x18\n\x10video_min_pixels\x18\x06 \x01(\x04\x12\x18\n\x10video_max_pixels\x18\x07 \x01(\x04\"Z\n\x06Limits\x12\x15\n\rmessage_bytes\x18\x01 \x01(\x04\x12\r\n\x05items\x18\x02 \x01(\r\x12\x14\n\x0cimage_pixels\x18\x03 \x01(\x04\x12\x14\n\x0citem_patches\x18\x04 \x01(\x04\"o\n\x08\x41\x63\x63uracy\x12\x0f\n\x07runtime\x18\x01 \x01(\t\x12\x11\n\tprecision\x18\x02 \x01(\t\x12\x12\n\ncosine_min\x18\x03 \x01(\x01\x12\x13\n\x0b\x63osine_mean\x18\x04 \x01(\x01\x12\x16\n\x0erelative_error\x18\x05 \x01(\x01*Q\n\x05\x44Type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\t\n\x05UINT8\x10\x01\x12\x0b\n\x07\x46LOAT32\x10\x02\x12\x0b\n\x07\x46LOAT16\x10\x03\x12\x0c\n\x08\x42\x46LOAT16\x10\x04\x32\x97\x01\n\x07\x45ncoder\x12\x41\n\x04Info\x12\x1b.epd.encoder.v1.InfoRequest\x1a\x1c.epd.encoder.v1.InfoResponse\x12I\n\x06\x45ncode\x12\x1d.epd.encoder.v1.EncodeRequest\x1a\x1e.epd.encoder.v1.EncodeResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
-_builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, "sidecar.pb.encoder_pb2", _globals)
+_builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'sidecar.pb.encoder_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
-    DESCRIPTOR._loaded_options = None
-    _globals["_DTYPE"]._serialized_start = 2345
-    _globals["_DTYPE"]._serialized_end = 2426
-    _globals["_GRID"]._serialized_start = 69
-    _globals["_GRID"]._serialized_end = 108
-    _globals["_ENCODEREQUEST"]._serialized_start = 110
-    _globals["_ENCODEREQUEST"]._serialized_end = 162
-    _globals["_ITEM"]._serialized_start = 165
-    _globals["_ITEM"]._serialized_end = 390
-    _globals["_RGBIMAGE"]._serialized_start = 392
-    _globals["_RGBIMAGE"]._serialized_end = 447
-    _globals["_RGBVIDEO"]._serialized_start = 449
-    _globals["_RGBVIDEO"]._serialized_end = 520
-    _globals["_PATCHES"]._serialized_start = 523
-    _globals["_PATCHES"]._serialized_end = 748
-    _globals["_PATCHES_SCALE"]._serialized_start = 690
-    _globals["_PATCHES_SCALE"]._serialized_end = 748
-    _globals["_ENCODERESPONSE"]._serialized_start = 751
-    _globals["_ENCODERESPONSE"]._serialized_end = 915
-    _globals["_EMBEDDING"]._serialized_start = 918
-    _globals["_EMBEDDING"]._serialized_end = 1167
-    _globals["_CHUNK"]._serialized_start = 1169
-    _globals["_CHUNK"]._serialized_end = 1206
-    _globals["_LANE"]._serialized_start = 1208
-    _globals["_LANE"]._serialized_end = 1266
-    _globals["_STAGETIMES"]._serialized_start = 1268
-    _globals["_STAGETIMES"]._serialized_end = 1337
-    _globals["_INFOREQUEST"]._serialized_start = 1339
-    _globals["_INFOREQUEST"]._serialized_end = 1352
-    _globals["_INFORESPONSE"]._serialized_start = 1355
-    _globals["_INFORESPONSE"]._serialized_end = 1709
-    _globals["_CHECKPOINT"]._serialized_start = 1711
-    _globals["_CHECKPOINT"]._serialized_end = 1796
-    _globals["_TOWERSPEC"]._serialized_start = 1799
-    _globals["_TOWERSPEC"]._serialized_end = 1969
-    _globals["_PIXELSPEC"]._serialized_start = 1972
-    _globals["_PIXELSPEC"]._serialized_end = 2138
-    _globals["_LIMITS"]._serialized_start = 2140
-    _globals["_LIMITS"]._serialized_end = 2230
-    _globals["_ACCURACY"]._serialized_start = 2232
-    _globals["_ACCURACY"]._serialized_end = 2343
-    _globals["_ENCODER"]._serialized_start = 2429
-    _globals["_ENCODER"]._serialized_end = 2580
+  DESCRIPTOR._loaded_options = None
+  _globals['_DTYPE']._serialized_start=2327
+  _globals['_DTYPE']._serialized_end=2408
+  _globals['_GRID']._serialized_start=69
+  _globals['_GRID']._serialized_end=108
+  _globals['_ENCODEREQUEST']._serialized_start=110
+  _globals['_ENCODEREQUEST']._serialized_end=162
+  _globals['_ITEM']._serialized_start=165
+  _globals['_ITEM']._serialized_end=390
+  _globals['_RGBIMAGE']._serialized_start=392
+  _globals['_RGBIMAGE']._serialized_end=447
+  _globals['_RGBVIDEO']._serialized_start=449
+  _globals['_RGBVIDEO']._serialized_end=520
+  _globals['_PATCHES']._serialized_start=523
+  _globals['_PATCHES']._serialized_end=748
+  _globals['_PATCHES_SCALE']._serialized_start=690
+  _globals['_PATCHES_SCALE']._serialized_end=748
+  _globals['_ENCODERESPONSE']._serialized_start=751
+  _globals['_ENCODERESPONSE']._serialized_end=915
+  _globals['_EMBEDDING']._serialized_start=918
+  _globals['_EMBEDDING']._serialized_end=1167
+  _globals['_CHUNK']._serialized_start=1169
+  _globals['_CHUNK']._serialized_end=1206
+  _globals['_LANE']._serialized_start=1208
+  _globals['_LANE']._serialized_end=1266
+  _globals['_STAGETIMES']._serialized_start=1268
+  _globals['_STAGETIMES']._serialized_end=1337
+  _globals['_INFOREQUEST']._serialized_start=1339
+  _globals['_INFOREQUEST']._serialized_end=1352
+  _globals['_INFORESPONSE']._serialized_start=1355
+  _globals['_INFORESPONSE']._serialized_end=1709
+  _globals['_CHECKPOINT']._serialized_start=1711
+  _globals['_CHECKPOINT']._serialized_end=1778
+  _globals['_TOWERSPEC']._serialized_start=1781
+  _globals['_TOWERSPEC']._serialized_end=1951
+  _globals['_PIXELSPEC']._serialized_start=1954
+  _globals['_PIXELSPEC']._serialized_end=2120
+  _globals['_LIMITS']._serialized_start=2122
+  _globals['_LIMITS']._serialized_end=2212
+  _globals['_ACCURACY']._serialized_start=2214
+  _globals['_ACCURACY']._serialized_end=2325
+  _globals['_ENCODER']._serialized_start=2411
+  _globals['_ENCODER']._serialized_end=2562
 # @@protoc_insertion_point(module_scope)

@@ -15,7 +15,6 @@ class DType(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     FLOAT32: _ClassVar[DType]
     FLOAT16: _ClassVar[DType]
     BFLOAT16: _ClassVar[DType]
-
 DTYPE_UNSPECIFIED: DType
 UINT8: DType
 FLOAT32: DType
@@ -54,16 +53,7 @@ class Item(_message.Message):
     patches: Patches
     min_pixels: int
     max_pixels: int
-    def __init__(
-        self,
-        key: _Optional[str] = ...,
-        image: _Optional[bytes] = ...,
-        rgb_image: _Optional[_Union[RgbImage, _Mapping]] = ...,
-        rgb_video: _Optional[_Union[RgbVideo, _Mapping]] = ...,
-        patches: _Optional[_Union[Patches, _Mapping]] = ...,
-        min_pixels: _Optional[int] = ...,
-        max_pixels: _Optional[int] = ...,
-    ) -> None: ...
+    def __init__(self, key: _Optional[str] = ..., image: _Optional[bytes] = ..., rgb_image: _Optional[_Union[RgbImage, _Mapping]] = ..., rgb_video: _Optional[_Union[RgbVideo, _Mapping]] = ..., patches: _Optional[_Union[Patches, _Mapping]] = ..., min_pixels: _Optional[int] = ..., max_pixels: _Optional[int] = ...) -> None: ...
 
 class RgbImage(_message.Message):
     __slots__ = ("height", "width", "data")
@@ -73,9 +63,7 @@ class RgbImage(_message.Message):
     height: int
     width: int
     data: bytes
-    def __init__(
-        self, height: _Optional[int] = ..., width: _Optional[int] = ..., data: _Optional[bytes] = ...
-    ) -> None: ...
+    def __init__(self, height: _Optional[int] = ..., width: _Optional[int] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class RgbVideo(_message.Message):
     __slots__ = ("frames", "height", "width", "data")
@@ -87,13 +75,7 @@ class RgbVideo(_message.Message):
     height: int
     width: int
     data: bytes
-    def __init__(
-        self,
-        frames: _Optional[int] = ...,
-        height: _Optional[int] = ...,
-        width: _Optional[int] = ...,
-        data: _Optional[bytes] = ...,
-    ) -> None: ...
+    def __init__(self, frames: _Optional[int] = ..., height: _Optional[int] = ..., width: _Optional[int] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class Patches(_message.Message):
     __slots__ = ("grid", "dtype", "data", "scale", "single_slice")
@@ -102,7 +84,6 @@ class Patches(_message.Message):
         SCALE_UNSPECIFIED: _ClassVar[Patches.Scale]
         PIXELS: _ClassVar[Patches.Scale]
         NORMALISED: _ClassVar[Patches.Scale]
-
     SCALE_UNSPECIFIED: Patches.Scale
     PIXELS: Patches.Scale
     NORMALISED: Patches.Scale
@@ -116,14 +97,7 @@ class Patches(_message.Message):
     data: bytes
     scale: Patches.Scale
     single_slice: bool
-    def __init__(
-        self,
-        grid: _Optional[_Union[Grid, _Mapping]] = ...,
-        dtype: _Optional[_Union[DType, str]] = ...,
-        data: _Optional[bytes] = ...,
-        scale: _Optional[_Union[Patches.Scale, str]] = ...,
-        single_slice: bool = ...,
-    ) -> None: ...
+    def __init__(self, grid: _Optional[_Union[Grid, _Mapping]] = ..., dtype: _Optional[_Union[DType, str]] = ..., data: _Optional[bytes] = ..., scale: _Optional[_Union[Patches.Scale, str]] = ..., single_slice: bool = ...) -> None: ...
 
 class EncodeResponse(_message.Message):
     __slots__ = ("index", "embedding", "chunk", "error")
@@ -135,13 +109,7 @@ class EncodeResponse(_message.Message):
     embedding: Embedding
     chunk: Chunk
     error: _status_pb2.Status
-    def __init__(
-        self,
-        index: _Optional[int] = ...,
-        embedding: _Optional[_Union[Embedding, _Mapping]] = ...,
-        chunk: _Optional[_Union[Chunk, _Mapping]] = ...,
-        error: _Optional[_Union[_status_pb2.Status, _Mapping]] = ...,
-    ) -> None: ...
+    def __init__(self, index: _Optional[int] = ..., embedding: _Optional[_Union[Embedding, _Mapping]] = ..., chunk: _Optional[_Union[Chunk, _Mapping]] = ..., error: _Optional[_Union[_status_pb2.Status, _Mapping]] = ...) -> None: ...
 
 class Embedding(_message.Message):
     __slots__ = ("key", "grid", "tokens", "width", "dtype", "size_bytes", "fingerprint", "lane", "times")
@@ -163,18 +131,7 @@ class Embedding(_message.Message):
     fingerprint: str
     lane: Lane
     times: StageTimes
-    def __init__(
-        self,
-        key: _Optional[str] = ...,
-        grid: _Optional[_Union[Grid, _Mapping]] = ...,
-        tokens: _Optional[int] = ...,
-        width: _Optional[int] = ...,
-        dtype: _Optional[_Union[DType, str]] = ...,
-        size_bytes: _Optional[int] = ...,
-        fingerprint: _Optional[str] = ...,
-        lane: _Optional[_Union[Lane, _Mapping]] = ...,
-        times: _Optional[_Union[StageTimes, _Mapping]] = ...,
-    ) -> None: ...
+    def __init__(self, key: _Optional[str] = ..., grid: _Optional[_Union[Grid, _Mapping]] = ..., tokens: _Optional[int] = ..., width: _Optional[int] = ..., dtype: _Optional[_Union[DType, str]] = ..., size_bytes: _Optional[int] = ..., fingerprint: _Optional[str] = ..., lane: _Optional[_Union[Lane, _Mapping]] = ..., times: _Optional[_Union[StageTimes, _Mapping]] = ...) -> None: ...
 
 class Chunk(_message.Message):
     __slots__ = ("offset", "data")
@@ -192,9 +149,7 @@ class Lane(_message.Message):
     runtime: str
     device: str
     precision: str
-    def __init__(
-        self, runtime: _Optional[str] = ..., device: _Optional[str] = ..., precision: _Optional[str] = ...
-    ) -> None: ...
+    def __init__(self, runtime: _Optional[str] = ..., device: _Optional[str] = ..., precision: _Optional[str] = ...) -> None: ...
 
 class StageTimes(_message.Message):
     __slots__ = ("preprocess_ms", "queue_ms", "run_ms")
@@ -204,26 +159,14 @@ class StageTimes(_message.Message):
     preprocess_ms: float
     queue_ms: float
     run_ms: float
-    def __init__(
-        self, preprocess_ms: _Optional[float] = ..., queue_ms: _Optional[float] = ..., run_ms: _Optional[float] = ...
-    ) -> None: ...
+    def __init__(self, preprocess_ms: _Optional[float] = ..., queue_ms: _Optional[float] = ..., run_ms: _Optional[float] = ...) -> None: ...
 
 class InfoRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
 class InfoResponse(_message.Message):
-    __slots__ = (
-        "version",
-        "fingerprint",
-        "checkpoint",
-        "tower",
-        "pixels",
-        "embedding_dtype",
-        "lanes",
-        "limits",
-        "accuracy",
-    )
+    __slots__ = ("version", "fingerprint", "checkpoint", "tower", "pixels", "embedding_dtype", "lanes", "limits", "accuracy")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
@@ -242,47 +185,20 @@ class InfoResponse(_message.Message):
     lanes: _containers.RepeatedCompositeFieldContainer[Lane]
     limits: Limits
     accuracy: _containers.RepeatedCompositeFieldContainer[Accuracy]
-    def __init__(
-        self,
-        version: _Optional[str] = ...,
-        fingerprint: _Optional[str] = ...,
-        checkpoint: _Optional[_Union[Checkpoint, _Mapping]] = ...,
-        tower: _Optional[_Union[TowerSpec, _Mapping]] = ...,
-        pixels: _Optional[_Union[PixelSpec, _Mapping]] = ...,
-        embedding_dtype: _Optional[_Union[DType, str]] = ...,
-        lanes: _Optional[_Iterable[_Union[Lane, _Mapping]]] = ...,
-        limits: _Optional[_Union[Limits, _Mapping]] = ...,
-        accuracy: _Optional[_Iterable[_Union[Accuracy, _Mapping]]] = ...,
-    ) -> None: ...
+    def __init__(self, version: _Optional[str] = ..., fingerprint: _Optional[str] = ..., checkpoint: _Optional[_Union[Checkpoint, _Mapping]] = ..., tower: _Optional[_Union[TowerSpec, _Mapping]] = ..., pixels: _Optional[_Union[PixelSpec, _Mapping]] = ..., embedding_dtype: _Optional[_Union[DType, str]] = ..., lanes: _Optional[_Iterable[_Union[Lane, _Mapping]]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., accuracy: _Optional[_Iterable[_Union[Accuracy, _Mapping]]] = ...) -> None: ...
 
 class Checkpoint(_message.Message):
-    __slots__ = ("source", "revision", "dtype", "random_weights")
+    __slots__ = ("source", "dtype", "random_weights")
     SOURCE_FIELD_NUMBER: _ClassVar[int]
-    REVISION_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     RANDOM_WEIGHTS_FIELD_NUMBER: _ClassVar[int]
     source: str
-    revision: str
     dtype: str
     random_weights: bool
-    def __init__(
-        self,
-        source: _Optional[str] = ...,
-        revision: _Optional[str] = ...,
-        dtype: _Optional[str] = ...,
-        random_weights: bool = ...,
-    ) -> None: ...
+    def __init__(self, source: _Optional[str] = ..., dtype: _Optional[str] = ..., random_weights: bool = ...) -> None: ...
 
 class TowerSpec(_message.Message):
-    __slots__ = (
-        "depth",
-        "hidden_size",
-        "out_hidden_size",
-        "patch_size",
-        "temporal_patch_size",
-        "spatial_merge_size",
-        "in_channels",
-    )
+    __slots__ = ("depth", "hidden_size", "out_hidden_size", "patch_size", "temporal_patch_size", "spatial_merge_size", "in_channels")
     DEPTH_FIELD_NUMBER: _ClassVar[int]
     HIDDEN_SIZE_FIELD_NUMBER: _ClassVar[int]
     OUT_HIDDEN_SIZE_FIELD_NUMBER: _ClassVar[int]
@@ -297,27 +213,10 @@ class TowerSpec(_message.Message):
     temporal_patch_size: int
     spatial_merge_size: int
     in_channels: int
-    def __init__(
-        self,
-        depth: _Optional[int] = ...,
-        hidden_size: _Optional[int] = ...,
-        out_hidden_size: _Optional[int] = ...,
-        patch_size: _Optional[int] = ...,
-        temporal_patch_size: _Optional[int] = ...,
-        spatial_merge_size: _Optional[int] = ...,
-        in_channels: _Optional[int] = ...,
-    ) -> None: ...
+    def __init__(self, depth: _Optional[int] = ..., hidden_size: _Optional[int] = ..., out_hidden_size: _Optional[int] = ..., patch_size: _Optional[int] = ..., temporal_patch_size: _Optional[int] = ..., spatial_merge_size: _Optional[int] = ..., in_channels: _Optional[int] = ...) -> None: ...
 
 class PixelSpec(_message.Message):
-    __slots__ = (
-        "image_mean",
-        "image_std",
-        "rescale_factor",
-        "min_pixels",
-        "max_pixels",
-        "video_min_pixels",
-        "video_max_pixels",
-    )
+    __slots__ = ("image_mean", "image_std", "rescale_factor", "min_pixels", "max_pixels", "video_min_pixels", "video_max_pixels")
     IMAGE_MEAN_FIELD_NUMBER: _ClassVar[int]
     IMAGE_STD_FIELD_NUMBER: _ClassVar[int]
     RESCALE_FACTOR_FIELD_NUMBER: _ClassVar[int]
@@ -332,16 +231,7 @@ class PixelSpec(_message.Message):
     max_pixels: int
     video_min_pixels: int
     video_max_pixels: int
-    def __init__(
-        self,
-        image_mean: _Optional[_Iterable[float]] = ...,
-        image_std: _Optional[_Iterable[float]] = ...,
-        rescale_factor: _Optional[float] = ...,
-        min_pixels: _Optional[int] = ...,
-        max_pixels: _Optional[int] = ...,
-        video_min_pixels: _Optional[int] = ...,
-        video_max_pixels: _Optional[int] = ...,
-    ) -> None: ...
+    def __init__(self, image_mean: _Optional[_Iterable[float]] = ..., image_std: _Optional[_Iterable[float]] = ..., rescale_factor: _Optional[float] = ..., min_pixels: _Optional[int] = ..., max_pixels: _Optional[int] = ..., video_min_pixels: _Optional[int] = ..., video_max_pixels: _Optional[int] = ...) -> None: ...
 
 class Limits(_message.Message):
     __slots__ = ("message_bytes", "items", "image_pixels", "item_patches")
@@ -353,13 +243,7 @@ class Limits(_message.Message):
     items: int
     image_pixels: int
     item_patches: int
-    def __init__(
-        self,
-        message_bytes: _Optional[int] = ...,
-        items: _Optional[int] = ...,
-        image_pixels: _Optional[int] = ...,
-        item_patches: _Optional[int] = ...,
-    ) -> None: ...
+    def __init__(self, message_bytes: _Optional[int] = ..., items: _Optional[int] = ..., image_pixels: _Optional[int] = ..., item_patches: _Optional[int] = ...) -> None: ...
 
 class Accuracy(_message.Message):
     __slots__ = ("runtime", "precision", "cosine_min", "cosine_mean", "relative_error")
@@ -373,11 +257,4 @@ class Accuracy(_message.Message):
     cosine_min: float
     cosine_mean: float
     relative_error: float
-    def __init__(
-        self,
-        runtime: _Optional[str] = ...,
-        precision: _Optional[str] = ...,
-        cosine_min: _Optional[float] = ...,
-        cosine_mean: _Optional[float] = ...,
-        relative_error: _Optional[float] = ...,
-    ) -> None: ...
+    def __init__(self, runtime: _Optional[str] = ..., precision: _Optional[str] = ..., cosine_min: _Optional[float] = ..., cosine_mean: _Optional[float] = ..., relative_error: _Optional[float] = ...) -> None: ...

@@ -41,7 +41,7 @@ def decode_image(data: bytes, *, max_image_pixels: int = MAX_IMAGE_PIXELS) -> By
     image = _open(data, max_image_pixels)
     what = f"the {image.format} image of {image.width}×{image.height} pixels"
     try:
-        # A compressed TIFF cut short fails once and then passes for whole: vLLM, which loads twice, takes it.
+        # A damaged compressed TIFF fails once and then passes for whole: vLLM, which loads twice, takes it.
         image.load()
         return np.asarray(_rgb(_upright(image)))
     except MemoryError as error:

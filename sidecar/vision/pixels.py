@@ -28,10 +28,10 @@ MAX_IMAGE_PIXELS = 178_956_970
 
 # Bits in the significand of each dtype in which normalised patches may be sent; uint16 holds the bits of bfloat16.
 _SIGNIFICAND_BITS = {np.dtype(np.float32): 24, np.dtype(np.float16): 11, np.dtype(np.uint16): 8}
-# What float32 arithmetic may add to a pixel on its way there and back, as a part of white (16 units in the last place).
+# What float32 arithmetic may add to a pixel on its way there and back, as a part of white (8 units in the last place).
 # Processors round differently: transformers with Pillow computes (x·r - mean) / std, with torchvision
 # (x - mean/r) / (std/r), and vLLM on its device x·(r/std) - mean/std.
-_ARITHMETIC_SLACK = 2.0**-20
+_ARITHMETIC_SLACK = 2.0**-21
 # Rows of patches brought back to pixels at a time, so that the intermediate arrays stay in the processor's cache.
 _ROWS_AT_A_TIME = 128
 

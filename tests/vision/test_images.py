@@ -206,7 +206,7 @@ def test_an_image_cut_short_is_called_so(name: str) -> None:
 
 
 def test_a_damaged_tiff_is_refused_where_vllm_would_take_the_rest_for_black() -> None:
-    data = bytearray(encoded(photo(height=100, width=100), "TIFF", compression="tiff_lzw"))
+    data = bytearray(encoded(photo(height=100, width=100), "TIFF", compression="tiff_lzw", exif=turned(3)))
     middle = len(data) // 2
     data[middle : middle + 200] = b"\xff" * 200
     assert loaded_by_vllm(bytes(data)).shape == (100, 100, 3)

@@ -44,8 +44,8 @@ def picture(height: int, width: int, seed: int = 0) -> Array:
 
 @pytest.fixture(scope="session")
 def torchvision() -> Any:
-    """torchvision or, where it is not installed, None. PyPI's build is for CUDA: on CPU torch its import fails until the
-    two operators that its compiled half would have brought are declared."""
+    """torchvision or, where it is not installed, None. PyPI's build is for CUDA: on CPU torch its import fails until
+    the two operators that its compiled half would have brought are declared."""
     try:
         import torchvision
     except ImportError:
@@ -228,6 +228,15 @@ def test_pixels_between_two_levels_are_not_rounded(formula: str, dtype: str) -> 
     values = given_patches(normalised(sent, formula, dtype), Grid(1, 2, 2), TOWER, SPEC, normalised=True).values
     assert values.dtype == np.float32
     np.testing.assert_allclose(values, sent, atol={"float32": 2e-4, "float16": 0.07, "bfloat16": 0.56}[dtype])
+
+
+def test_one_pixel_between_two_levels_keeps_the_whole_item_from_rounding() -> None:
+    grid = Grid(1, 40, 40)
+    sent = np.tile(every_level(1176), (400, 1)).astype(np.float32)
+    sent[0, 0] = 0.5
+    values = given_patches(normalised(sent, "two steps"), grid, TOWER, SPEC, normalised=True).values
+    np.testing.assert_allclose(values, sent, atol=2e-4)
+    assert values[0, 0] == pytest.approx(0.5, abs=2e-4)
 
 
 def test_an_image_may_send_one_of_its_equal_temporal_slices() -> None:

@@ -1,0 +1,37 @@
+"""`python -m sidecar serve`: encode for others."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import sys
+
+from sidecar.artifact import ArtifactError
+from sidecar.runtimes.base import RuntimeFault
+from sidecar.settings import Settings, SettingsError
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = subparsers.add_parser("serve", help="serve an artifact over gRPC", description=__doc__, allow_abbrev=False)
+    Settings.add_arguments(parser)
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Serve until told to stop. 0 after a drain, 2 if the settings, the artifact or an address will not do."""
+    # The other commands import neither the engine nor a runtime.
+    from sidecar.server.app import BindError, serve
+
+    try:
+        settings = Settings.from_sources(vars(options))
+        logging.basicConfig(
+            level=settings.log_level.upper(),
+            format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+            stream=sys.stderr,
+        )
+        asyncio.run(serve(settings))
+    except (ArtifactError, BindError, RuntimeFault, SettingsError) as error:
+        print(f"sidecar serve: {error}", file=sys.stderr)
+        return 2
+    return 0

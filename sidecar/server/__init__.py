@@ -1,0 +1,1 @@
+"""The server: gRPC in front of the engine."""

@@ -1,0 +1,104 @@
+"""From settings to a warm lane: open and verify the artifact, choose the variant, load the runtime."""
+
+from __future__ import annotations
+
+import logging
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import sidecar.artifact
+from sidecar.artifact import MANIFEST, Artifact, ArtifactError, Variant, open_artifact
+from sidecar.engine.lane import Lane
+from sidecar.runtimes.base import Load
+from sidecar.runtimes.loading import load_runtime
+from sidecar.settings import Settings
+from sidecar.vision.dtypes import DType
+
+logger = logging.getLogger(__name__)
+
+
+def open_for(settings: Settings) -> Artifact:
+    """The artifact that the settings name.
+
+    Raises:
+        ArtifactError: if it is not there or cannot be trusted.
+    """
+    if not settings.artifact.is_dir():
+        raise ArtifactError(f"{settings.artifact} is not a directory; `python -m export --out DIR` writes an artifact")
+    if not (settings.artifact / MANIFEST).exists() and is_optimum_directory(settings.artifact):
+        if not settings.allow_unsealed:
+            raise ArtifactError(
+                f"{settings.artifact} was made by optimum and has no manifest: nothing says which weights these are or how "
+                "accurate. `python -m export --via optimum` seals one; --allow-unsealed serves it as it is"
+            )
+        return adopt_optimum(settings.artifact)
+    return open_artifact(settings.artifact)
+
+
+def choose_variant(artifact: Artifact, settings: Settings) -> Variant:
+    """The variant to serve on the device of the settings.
+
+    Raises:
+        ArtifactError: if the artifact has none, or its accuracy does not allow it.
+    """
+    precision = None if settings.precision == "auto" else settings.precision
+    runtime = settings.runtime
+    if runtime == "auto":
+        on_torch = settings.device.split(":")[0] in ("cuda", "xpu")
+        known = {variant.runtime for variant in artifact.manifest.variants}
+        preferred = ("torch",) if on_torch else ("openvino", "onnx", "optimum", "torch")
+        runtime = next((name for name in preferred if name in known), preferred[0])
+    variant = artifact.manifest.variant(runtime, precision)
+    if not settings.allow_below_bar:
+        if variant.accuracy is None and not settings.allow_unsealed:
+            raise ArtifactError(f"the accuracy of {variant.name} was never measured; --allow-below-bar serves it all the same")
+        if variant.accuracy is not None and not variant.accuracy.passed:
+            raise ArtifactError(f"{variant.name}: {variant.accuracy.shortfall()}; --allow-below-bar serves it all the same")
+    return variant
+
+
+def load_lane(artifact: Artifact, variant: Variant, settings: Settings) -> Lane:
+    """Load the runtime while the files are verified, then warm it up.
+
+    Raises:
+        ArtifactError: if a file is missing or changed.
+        RuntimeFault: if the runtime cannot load or run the graph.
+    """
+    manifest = artifact.manifest
+    dtype = manifest.checkpoint.dtype if settings.embedding_dtype == "auto" else DType(settings.embedding_dtype)
+    missing = [name for name in variant.files if not artifact.path(name).is_file()]
+    if missing:
+        raise ArtifactError(f"{', '.join(missing)} is missing; export the artifact again or copy it whole")
+    if settings.cache_dir is not None:
+        settings.cache_dir.mkdir(parents=True, exist_ok=True)
+    load = Load(
+        graph=artifact.path(variant.graph),
+        precision=variant.precision,
+        tower=manifest.tower,
+        pixels=manifest.pixels,
+        output_dtype=dtype,
+        device=settings.device,
+        threads=settings.threads,
+        cache_dir=settings.cache_dir,
+    )
+    started = time.perf_counter()
+    with ThreadPoolExecutor(1) as verifying:
+        verified = verifying.submit(artifact.verify, variant.files)
+        try:
+            runtime = load_runtime(variant.runtime, load)
+        finally:
+            # A damaged file explains a runtime that could not load it, so it is reported first.
+            verified.result()
+    loaded = time.perf_counter()
+    lane = Lane(runtime, manifest.tower)
+    lane.warm_up()
+    logger.info(
+        "lane %s %s on %s, embeddings in %s; loaded in %.1f s, warm after %.1f s",
+        variant.name,
+        artifact.manifest.fingerprint[:16],
+        runtime.device,
+        dtype,
+        loaded - started,
+        time.perf_counter() - started,
+    )
+    return lane
