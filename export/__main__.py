@@ -63,7 +63,6 @@ def main(arguments: list[str] | None = None) -> int:
                 formats=_names(options.format),
                 precisions=_names(options.precision),
                 revision=options.revision,
-                random_weights=kind is not None,
                 allow_below_bar=options.allow_below_bar,
             )
             if options.via == "optimum":

@@ -94,6 +94,10 @@ class Checkpoint:
         tensor: Tensor = self._opened[shard].get_tensor(stored.name)
         return tensor
 
+    def close(self) -> None:
+        """Let go of the files; tensors already handed out keep theirs mapped as long as they live."""
+        self._opened.clear()
+
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         return ((name, self.tensor(name)) for name in self.names)
 

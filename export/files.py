@@ -109,6 +109,8 @@ def read_header(path: Path, where: str) -> list[StoredTensor]:
 
 def header_length(preamble: bytes, where: str) -> int:
     """Bytes of the JSON header, from the file's first eight bytes."""
+    if preamble == b"version ":
+        raise CheckpointError(f"{where} is only a git-lfs pointer: run `git lfs pull` in the checkpoint")
     length = int.from_bytes(preamble, "little")
     if len(preamble) < PREAMBLE_BYTES or not 2 <= length <= MAX_HEADER_BYTES:
         raise CheckpointError(f"{where} is no safetensors file, or a damaged one: download it again")

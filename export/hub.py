@@ -14,7 +14,6 @@ HF_ENDPOINT, HF_TOKEN, HF_HOME, HF_HUB_CACHE and HF_HUB_OFFLINE mean what they m
 from __future__ import annotations
 
 import logging
-import os
 import re
 import uuid
 from collections.abc import Callable, Iterable, Iterator
@@ -134,7 +133,7 @@ class HubFiles:
                 file.write(pack_header((t.name, t.dtype, t.shape, t.end - t.start) for t in ordered))
                 for start, end in _runs(ordered):
                     self._read(shard, start, end, write)
-            os.replace(part, self._vision / shard)
+            part.replace(self._vision / shard)
         finally:
             part.unlink(missing_ok=True)
         return self._vision / shard
@@ -190,7 +189,9 @@ class HubFiles:
                     raise CheckpointError(f"{constants.ENDPOINT} served other bytes of {shard} than were asked for")
                 file_bytes = int(served[2])
                 if file_bytes < end:
-                    raise CheckpointError(f"{shard} of {self.source} is truncated: it has {file_bytes} bytes, not {end}")
+                    raise CheckpointError(
+                        f"{shard} of {self.source} is truncated: it has {file_bytes} bytes, not {end}"
+                    )
                 try:
                     for chunk in response.iter_bytes():
                         piece = chunk[: end - position]

@@ -8,10 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-
-from export.trace import AXES, INPUT_NAMES, OUTPUT_NAME, example_run
-from export.weights import Int8Linear, replace_linears
+from export.trace import INPUT_NAMES, OUTPUT_NAME, example_run, exported_program
 from sidecar.vision.tower import Tower
 
 OPSET = 20
@@ -19,23 +16,16 @@ OPSET = 20
 
 def write_onnx(tower: Tower, graph: Path) -> tuple[Path, ...]:
     """Export `tower` to `graph` (.onnx) and its weights to `graph`.data. Returns the files written."""
-    example = example_run(tower.spec)
-    lengths = {name: torch.export.Dim.DYNAMIC for name in "NRSFLT"}
-    shapes = tuple(
-        {place: lengths[axis] for place, axis in enumerate(AXES[name]) if axis is not None} for name in INPUT_NAMES
-    )
+    program = exported_program(tower, example_run(tower.spec))
     graph.parent.mkdir(parents=True, exist_ok=True)
-    with torch.no_grad(), warnings.catch_warnings(), _quiet("torch.onnx"):
+    with warnings.catch_warnings(), _quiet("torch.onnx"):
         warnings.simplefilter("ignore")
         torch.onnx.export(
-            tower,
-            example.inputs,
-            graph,
-            dynamo=True,
+            program,
+            f=graph,
             external_data=True,
             input_names=list(INPUT_NAMES),
             output_names=[OUTPUT_NAME],
-            dynamic_shapes=shapes,
             opset_version=OPSET,
             optimize=False,
             verbose=False,

@@ -5,22 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 
 import openvino as ov
-import torch
 
-from export.trace import INPUT_NAMES, OUTPUT_NAME, example_run
+from export.trace import INPUT_NAMES, OUTPUT_NAME, example_run, exported_program
 from sidecar.runtimes.openvino import graph_files
 from sidecar.vision.tower import Tower
 
 
 def write_openvino(tower: Tower, graph: Path) -> tuple[Path, ...]:
-    """Trace `tower` and write `graph` (.xml) and its weights (.bin); every length but the widths stays open.
+    """Write `tower` as `graph` (.xml) and its weights (.bin); every length but the widths stays open.
 
     The weights are written as the tower holds them, two bytes or one each, with the widening in the graph.
     Returns the files written.
     """
     example = example_run(tower.spec)
-    with torch.no_grad():
-        model = ov.convert_model(tower, example_input=example.inputs)
+    model = ov.convert_model(exported_program(tower, example))
     for port, name in zip(model.inputs, INPUT_NAMES, strict=True):
         port.get_tensor().set_names({name})
         parameter = port.get_node()

@@ -1,5 +1,8 @@
 """The stages of an export, in order: open, fingerprint, write, measure, seal, publish.
 
+Only writing depends on what builds the graphs: `export` has this project's tower written, and whoever has another way to
+make graphs of a checkpoint (`optimum.py`) gives its own `Write` to `run_stages`.
+
 Everything is written into a directory beside the destination and renamed at the end: a failed export leaves what was there
 before, and no half artifact is ever seen.
 """
@@ -11,10 +14,11 @@ import hashlib
 import importlib.metadata
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from rich.console import Console
@@ -56,7 +60,6 @@ class Job:
     formats: tuple[str, ...] = ("openvino",)
     precisions: tuple[str, ...] = ("bf16", "int8")
     revision: str | None = None
-    random_weights: bool = False
     allow_below_bar: bool = False
 
     def variants(self) -> list[tuple[str, str]]:
@@ -70,41 +73,37 @@ class Job:
             if unknown or not given:
                 raise ExportError(f"unknown {kind} {', '.join(unknown) or '(none)'}; there are {', '.join(known)}")
         # The torch runtime runs the tower itself, which has no int8 layers.
-        pairs = [(f, p) for f in self.formats for p in self.precisions if (f, p) != ("torch", "int8")]
+        wanted = dict.fromkeys((f, p) for f in self.formats for p in self.precisions)
+        pairs = [pair for pair in wanted if pair != ("torch", "int8")]
         if not pairs:
             raise ExportError("the torch format has no int8 precision; add f32 or bf16")
         return pairs
 
 
+class Written(NamedTuple):
+    """Variants whose graphs lie in the artifact's directory, not measured yet, and versions of further packages."""
+
+    variants: list[Variant]
+    versions: Mapping[str, str]
+
+
+# Opens a progress bar for a stage of so many steps (None: unknown).
+StageOpener = Callable[[str, int | None], "Stage"]
+# Writes the graphs of a checkpoint into a directory.
+Write = Callable[[Checkpoint, Path, StageOpener], Written]
+
+
 def export(job: Job, console: Console) -> Artifact:
-    """Run all stages and return the artifact at `job.out`.
+    """Export with this project's tower and return the artifact at `job.out`.
 
     Raises:
         ExportError: if the job is impossible or the result is below its accuracy bar.
         CheckpointError: if the checkpoint cannot be read.
     """
     pairs = job.variants()
-    _check_destination(job.out)
-    with _stages(console) as stage, stage("read checkpoint", None) as advance:
-        checkpoint = open_checkpoint(job.model, revision=job.revision, progress=advance.absolute)
-    partial = job.out.with_name(f".{job.out.name}.partial-{os.getpid()}")
-    partial.mkdir(parents=True)
-    try:
-        manifest = _write(job, checkpoint, pairs, partial, console)
-        artifact = sealed.seal(partial, manifest)
-        _publish(partial, job.out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return replace(artifact, directory=job.out)
 
-
-def _write(
-    job: Job, checkpoint: Checkpoint, pairs: list[tuple[str, str]], directory: Path, console: Console
-) -> Manifest:
-    with _stages(console) as stage:
-        with stage("fingerprint weights", len(checkpoint.names)) as advance:
-            fingerprint = fingerprint_of(checkpoint, advance)
-        variants: dict[tuple[str, str], Variant] = {}
+    def write(checkpoint: Checkpoint, directory: Path, stage: StageOpener) -> Written:
+        variants: list[Variant] = []
         written: dict[str, tuple[str, ...]] = {}
         for format_name, precision in pairs:
             graph = graph_name(format_name, precision, checkpoint.dtype)
@@ -113,10 +112,40 @@ def _write(
                     files = _writer(format_name)(load_tower(checkpoint, precision), directory / graph)
                     gc.collect()
                 written[graph] = tuple(file.relative_to(directory).as_posix() for file in files)
-            variants[format_name, precision] = Variant(
-                runtime=format_name, precision=precision, graph=graph, files=written[graph]
-            )
-        measured = _measure(checkpoint, list(variants.values()), directory, stage)
+            variants.append(Variant(runtime=format_name, precision=precision, graph=graph, files=written[graph]))
+        return Written(variants, {})
+
+    return run_stages(job, write, console)
+
+
+def run_stages(job: Job, write: Write, console: Console) -> Artifact:
+    """Run all stages with `write` in the middle and return the artifact at `job.out`.
+
+    Raises:
+        ExportError: if the destination will not do, or the result is below its accuracy bar; and whatever `write` raises.
+        CheckpointError: if the checkpoint cannot be read.
+    """
+    _check_destination(job.out)
+    with _stages(console) as stage, stage("read checkpoint", None) as advance:
+        checkpoint = open_checkpoint(job.model, revision=job.revision, progress=advance.absolute)
+    partial = job.out.with_name(f".{job.out.name}.partial-{os.getpid()}")
+    partial.mkdir(parents=True)
+    try:
+        manifest = _fill(job, checkpoint, write, partial, console)
+        artifact = sealed.seal(partial, manifest)
+        _publish(partial, job.out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return replace(artifact, directory=job.out)
+
+
+def _fill(job: Job, checkpoint: Checkpoint, write: Write, directory: Path, console: Console) -> Manifest:
+    """Everything of the artifact but its seal."""
+    with _stages(console) as stage:
+        with stage("fingerprint weights", len(checkpoint.names)) as advance:
+            fingerprint = fingerprint_of(checkpoint, advance)
+        written = write(checkpoint, directory, stage)
+        measured = _measure(checkpoint, written.variants, directory, stage)
     print_table(measured, console)
     failed = [variant for variant in measured if variant.accuracy is not None and not variant.accuracy.passed]
     for variant in failed:
@@ -128,7 +157,7 @@ def _write(
             "(--allow-below-bar writes it all the same)"
         )
     origin = sealed.Checkpoint(
-        source=checkpoint.source, dtype=_dtype(checkpoint.dtype), random_weights=job.random_weights
+        source=checkpoint.source, dtype=_dtype(checkpoint.dtype), random_weights=checkpoint.random_weights
     )
     (directory / REPORT).write_text(html_page(measured, origin, fingerprint), encoding="utf-8")
     return Manifest(
@@ -137,16 +166,19 @@ def _write(
         tower=checkpoint.tower,
         pixels=checkpoint.pixels,
         variants=tuple(measured),
-        versions=_versions(),
+        versions={**_versions(), **written.versions},
     )
 
 
 def _measure(
-    checkpoint: Checkpoint, variants: list[Variant], directory: Path, stage: Callable[[str, int | None], _Stage]
+    checkpoint: Checkpoint, variants: list[Variant], directory: Path, stage: StageOpener
 ) -> list[Variant]:
     pictures = list(samples(checkpoint.tower, checkpoint.pixels))
     with stage("float32 reference", checkpoint.tower.depth) as advance:
         references = reference_embeddings(checkpoint, pictures, advance)
+    # From here on only the written graphs count; two sets of weights in memory would be one too many.
+    checkpoint.close()
+    gc.collect()
     measured = []
     for variant in variants:
         exact = variant.precision == "f32"
@@ -229,14 +261,14 @@ def _publish(partial: Path, out: Path) -> None:
     shutil.rmtree(retired, ignore_errors=True)
 
 
-class _Stage:
+class Stage:
     """One progress bar. Calling it advances by one; `absolute` sets it from (done, total)."""
 
     def __init__(self, progress: Progress, title: str, total: int | None) -> None:
         self._progress = progress
         self._task = progress.add_task(title, total=total)
 
-    def __enter__(self) -> _Stage:
+    def __enter__(self) -> Stage:
         return self
 
     def __call__(self) -> None:
@@ -252,10 +284,10 @@ class _Stage:
 
 
 @contextmanager
-def _stages(console: Console) -> Iterator[Callable[[str, int | None], _Stage]]:
+def _stages(console: Console) -> Iterator[StageOpener]:
     columns = (TextColumn("{task.description:32}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
-        yield lambda title, total: _Stage(progress, title, total)
+        yield lambda title, total: Stage(progress, title, total)
 
 
-__all__ = ["ArtifactError", "ExportError", "Job", "export", "fingerprint_of", "graph_name"]
+__all__ = ["ArtifactError", "ExportError", "Job", "Written", "export", "fingerprint_of", "graph_name", "run_stages"]

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sidecar.vision.grid import Grid
 from sidecar.vision.spec import TowerSpec
+from sidecar.vision.tower import Tower
 from sidecar.vision.windows import TOWER_PLAN_INPUTS, plan_windows
 
 INPUT_NAMES = ("patches", *TOWER_PLAN_INPUTS)
@@ -47,3 +48,13 @@ def example_run(spec: TowerSpec) -> Example:
     plan = plan_windows(grids, spec)
     patches = torch.zeros(len(plan.patch_order), spec.patch_width)
     return Example((patches, *(torch.from_numpy(array.copy()) for array in plan.tower_inputs.values())))
+
+
+def exported_program(tower: Tower, example: Example) -> torch.export.ExportedProgram:
+    """Trace the tower symbolically: no weight is read or widened, so it costs the same at every size."""
+    shapes = tuple(
+        {place: torch.export.Dim.DYNAMIC for place, axis in enumerate(AXES[name]) if axis is not None}
+        for name in INPUT_NAMES
+    )
+    with torch.no_grad():
+        return torch.export.export(tower, example.inputs, dynamic_shapes=shapes, strict=False, prefer_deferred_runtime_asserts_over_guards=True)

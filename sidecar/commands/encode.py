@@ -67,7 +67,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser = subparsers.add_parser(
         "encode",
         help="encode photos and save or draw their embeddings",
+        description="Encode photos, print a line for each, and save or draw their embeddings.",
         epilog=_NAMES,
+        allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("photos", metavar="PHOTO", nargs="+", type=Path)
@@ -75,9 +77,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--out", metavar="FILE.safetensors", type=Path, help="save embeddings and grids")
     parser.add_argument("--picture", metavar="FILE.png", type=Path, help="draw each photo beside its embedding")
     parser.add_argument(
-        "--min-pixels", metavar="N", type=positive_int, help="least area after resizing; the model's own"
+        "--min-pixels", metavar="N", type=positive_int, help="least area after resizing (default: the model's)"
     )
-    parser.add_argument("--max-pixels", metavar="N", type=positive_int, help="largest area after resizing")
+    parser.add_argument(
+        "--max-pixels", metavar="N", type=positive_int, help="largest area after resizing (default: the model's)"
+    )
     parser.add_argument(
         "--timeout", metavar="SECONDS", type=positive_float, default=120.0, help="for each photo (default: %(default)s)"
     )

@@ -23,7 +23,9 @@ from sidecar.pb import encoder_pb2
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = subparsers.add_parser("info", help="print what a server holds, on what it runs, and what it accepts")
+    parser = subparsers.add_parser(
+        "info", help="print what a server holds and accepts", description=__doc__, allow_abbrev=False
+    )
     add_server_argument(parser)
     parser.add_argument("--timeout", metavar="SECONDS", type=positive_float, default=10.0, help="default: %(default)s")
     parser.add_argument("--json", action="store_true", help="the reply as protobuf's JSON (64-bit numbers are strings)")

@@ -6,7 +6,7 @@ import logging
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-import sidecar.artifact
+from sidecar.adopted import adopt_optimum, is_optimum_directory
 from sidecar.artifact import MANIFEST, Artifact, ArtifactError, Variant, open_artifact
 from sidecar.engine.lane import Lane
 from sidecar.runtimes.base import Load

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from sidecar.vision.dtypes import bfloat16_to_float32
 from sidecar.vision.grid import Grid, resized_size
 from sidecar.vision.spec import PixelSpec, TowerSpec
 
@@ -170,17 +171,6 @@ def given_patches(
     return Patches(np.ascontiguousarray(values), grid)
 
 
-def bf16_to_f32(bits: npt.NDArray[np.uint16]) -> Floats:
-    """float32 values of bfloat16 numbers given as their bits, in any shape: numpy has no bfloat16.
-
-    Raises:
-        PixelError: if the bits are not uint16.
-    """
-    if bits.dtype != np.uint16:
-        raise PixelError(f"the bits of bfloat16 must be uint16, got {bits.dtype}")
-    return (bits.astype(np.uint32) << 16).view(np.float32)
-
-
 def _bounds(low: int, high: int, min_pixels: int | None, max_pixels: int | None) -> tuple[int, int]:
     for name, bound in (("min_pixels", min_pixels), ("max_pixels", max_pixels)):
         if bound is not None and bound < 1:
@@ -249,7 +239,7 @@ def _denormalised(values: npt.NDArray[Any], tower: TowerSpec, pixels: PixelSpec)
     lossless = True
     for start in range(0, len(values), _ROWS_AT_A_TIME):
         rows = slice(start, start + _ROWS_AT_A_TIME)
-        sent = bf16_to_f32(values[rows]) if values.dtype == np.uint16 else values[rows].astype(np.float32)
+        sent = bfloat16_to_float32(values[rows]) if values.dtype == np.uint16 else values[rows].astype(np.float32)
         sent = sent.reshape(len(sent), tower.in_channels, -1)
         with np.errstate(over="ignore", invalid="ignore"):
             units = sent * scale + offset

@@ -95,44 +95,41 @@ class Attention(nn.Module):
         self.qkv = Linear(spec.hidden_size, 3 * spec.hidden_size)
         self.proj = Linear(spec.hidden_size, spec.hidden_size)
 
-    def attend(self, qkv: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
-        """qkv (G, L, 3·hidden), cos and sin (G, L, head_dim), mask (G, L) or None → (G, L, hidden)."""
+    def attend(self, qkv: Tensor, cos: Tensor, sin: Tensor, length: int, mask: Tensor | None = None) -> Tensor:
+        """qkv (G·L, 3·hidden), cos and sin (G·L, head_dim), length L, mask (G, L) or None → (G·L, hidden).
+
+        L is handed over rather than read off a shape: where a traced graph has no groups at all, it must not divide by
+        their number to find it.
+        """
         spec = self.spec
-        heads = qkv.unflatten(-1, (3, spec.num_heads, spec.head_dim))
+        heads = qkv.reshape(-1, length, 3, spec.num_heads, spec.head_dim)
         query, key, value = (heads[:, :, part].transpose(1, 2) for part in range(3))
-        cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+        cos, sin = (angle.reshape(-1, 1, length, spec.head_dim) for angle in (cos, sin))
         query, key = rotate(query, cos, sin), rotate(key, cos, sin)
-        bias = None if mask is None else mask.to(query.dtype)[:, None, None, :]
+        bias = None if mask is None else mask.to(query.dtype).reshape(-1, 1, 1, length)
         mixed = functional.scaled_dot_product_attention(query, key, value, attn_mask=bias)
-        return mixed.transpose(1, 2).flatten(2)
+        return mixed.transpose(1, 2).reshape(-1, spec.hidden_size)
 
 
 class WindowAttention(Attention):
-    """Full windows by reshape, ragged ones by gather and mask."""
+    """Full windows where they lie, ragged ones by gather and mask."""
 
-    def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, index: Tensor, mask: Tensor, ragged_return: Tensor
-    ) -> Tensor:
-        spec = self.spec
-        qkv = self.qkv(x)
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, index: Tensor, mask: Tensor, ragged_return: Tensor) -> Tensor:
+        length = self.spec.window_patches
+        tables = (self.qkv(x), cos, sin)
         split = x.shape[0] - ragged_return.shape[0]
-        windows = (-1, spec.window_patches)
-        whole = self.attend(
-            qkv[:split].unflatten(0, windows),
-            cos[:split].unflatten(0, windows),
-            sin[:split].unflatten(0, windows),
-            None,
-        )
-        ragged = self.attend(rows(qkv, index), rows(cos, index), rows(sin, index), mask)
-        return self.proj(torch.cat((whole.flatten(0, 1), rows(ragged.flatten(0, 1), ragged_return))))
+        whole = self.attend(*(table[:split] for table in tables), length)
+        ragged = self.attend(*(rows(table, index.reshape(-1)) for table in tables), length, mask)
+        return self.proj(torch.cat((whole, rows(ragged, ragged_return))))
 
 
 class FrameAttention(Attention):
     """Every patch sees its whole frame."""
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, index: Tensor, mask: Tensor, frame_return: Tensor) -> Tensor:
-        frames = self.attend(rows(self.qkv(x), index), rows(cos, index), rows(sin, index), mask)
-        return self.proj(rows(frames.flatten(0, 1), frame_return))
+        tables = (self.qkv(x), cos, sin)
+        frames = self.attend(*(rows(table, index.reshape(-1)) for table in tables), index.shape[1], mask)
+        return self.proj(rows(frames, frame_return))
 
 
 class MLP(nn.Module):

@@ -1,7 +1,8 @@
 """A small Hugging Face hub on 127.0.0.1, serving one model repository out of a directory, and keeping a log.
 
-It speaks what huggingface_hub needs to resolve and download files, and behaves as the real one does: configuration comes
-from the hub itself, weights by a redirect to a storage host (a second port, so another origin). It can misbehave on demand.
+It speaks what huggingface_hub needs to resolve and download files, and behaves as the real one does: configuration
+comes from the hub itself, weights by a redirect to a storage host (a second port, so another origin). It can misbehave
+on demand.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from hashlib import sha1
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -22,7 +23,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class Request(NamedTuple):
-    """One request as it was answered: `host` is "hub" or "storage", `first` the range's first byte, None for no range."""
+    """One request as it was answered. `host` is "hub" or "storage"; `first` is the range's first byte, if any."""
 
     host: str
     method: str
@@ -39,6 +40,7 @@ class Mirror:
     storage_url: str = ""
     requests: list[Request] = field(default_factory=list)
     serves_ranges: bool = True
+    confuses_ranges: bool = False
     gated: bool = False
     token: str | None = None  # without it the repository is not shown
     fails_with: int | None = None  # status of every answer of the hub
@@ -73,75 +75,69 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
     def _answer(self) -> None:
-        mirror = self.mirror
-        token = (self.headers.get("Authorization") or "").removeprefix("Bearer ") or None
-        file, first, sent = unquote(self.path), None, 0
+        mirror, path = self.mirror, unquote(self.path)
         if self.host == "storage":
-            file = file.lstrip("/")
-            first, sent = self._send_file(file)
+            self._send_file(path.lstrip("/"))
+            return
+        found = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
+        repo, revision, file = found.groups() if found else ("", "", path)
+        if mirror.fails_with:
+            self._send_head(file, mirror.fails_with)
+        elif repo != REPO or (mirror.token and self._token() != mirror.token):
+            self._send_head(file, 401, {"X-Error-Code": "RepoNotFound"})
+        elif mirror.gated:
+            self._send_head(file, 403, {"X-Error-Code": "GatedRepo"})
+        elif revision not in ("main", COMMIT):
+            self._send_head(file, 404, {"X-Error-Code": "RevisionNotFound"})
+        elif not (mirror.directory / file).is_file():
+            self._send_head(file, 404, {"X-Error-Code": "EntryNotFound"})
+        elif file.endswith(".safetensors"):
+            size = (mirror.directory / file).stat().st_size
+            linked = {"X-Linked-Etag": etag(file), "X-Linked-Size": str(size)}
+            self._send_head(file, 302, {"Location": f"{mirror.storage_url}/{file}", **linked})
         else:
-            found = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", file)
-            file = found[3] if found else file
-            if mirror.fails_with:
-                self._send_error(mirror.fails_with, "")
-            elif not found or found[1] != REPO or (mirror.token and token != mirror.token):
-                self._send_error(401, "RepoNotFound")
-            elif mirror.gated:
-                self._send_error(403, "GatedRepo")
-            elif found[2] not in ("main", COMMIT):
-                self._send_error(404, "RevisionNotFound")
-            elif not (mirror.directory / file).is_file():
-                self._send_error(404, "EntryNotFound")
-            elif file.endswith(".safetensors"):
-                self._redirect(file)
-            else:
-                first, sent = self._send_file(file)
-        mirror.requests.append(Request(self.host, self.command, file, first, sent, token))
+            self._send_file(file)
 
-    def _send_error(self, status: int, code: str) -> None:
+    def _token(self) -> str | None:
+        return (self.headers.get("Authorization") or "").removeprefix("Bearer ") or None
+
+    def _send_head(
+        self, file: str, status: int, headers: dict[str, str] | None = None, first: int | None = None, body: int = 0
+    ) -> None:
+        # Logged before it is sent: a client that has its answer may look at the log.
+        sent = 0 if self.command == "HEAD" else body
+        if self.host == "storage" and self.mirror.drops_after is not None:
+            sent = min(sent, self.mirror.drops_after)
+        self.mirror.requests.append(Request(self.host, self.command, file, first, sent, self._token()))
         self.send_response(status)
-        self.send_header("X-Error-Code", code)
-        self.send_header("X-Repo-Commit", COMMIT)
-        self.send_header("Content-Length", "0")
+        for name, value in {"X-Repo-Commit": COMMIT, "Content-Length": str(body), **(headers or {})}.items():
+            self.send_header(name, value)
         self.end_headers()
 
-    def _redirect(self, file: str) -> None:
-        self.send_response(302)
-        self.send_header("Location", f"{self.mirror.storage_url}/{file}")
-        self.send_header("X-Repo-Commit", COMMIT)
-        self.send_header("X-Linked-Etag", f'"{sha1(file.encode()).hexdigest()}"')
-        self.send_header("X-Linked-Size", str((self.mirror.directory / file).stat().st_size))
-        self.send_header("Content-Length", "0")
-        self.end_headers()
-
-    def _send_file(self, file: str) -> tuple[int | None, int]:
-        """Send a file or the range asked for. Returns the range's first byte and the bytes of the body."""
+    def _send_file(self, file: str) -> None:
+        """Send a file, or the range of it that is asked for."""
         mirror = self.mirror
         content = (mirror.directory / file).read_bytes()
-        size = len(content)
         asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range") or "")
-        first = None
         if asked and mirror.serves_ranges:
-            first, last = int(asked[1]), min(int(asked[2]), size - 1)
+            first, last = int(asked[1]), min(int(asked[2]), len(content) - 1)
+            first += mirror.confuses_ranges
+            span = {"Content-Range": f"bytes {first}-{last}/{len(content)}"}
             content = content[first : last + 1]
-            self.send_response(206)
-            self.send_header("Content-Range", f"bytes {first}-{last}/{size}")
+            self._send_head(file, 206, {"ETag": etag(file), **span}, first, len(content))
         else:
-            self.send_response(200)
-        self.send_header("Content-Length", str(len(content)))
-        self.send_header("ETag", f'"{sha1(file.encode()).hexdigest()}"')
-        self.send_header("X-Repo-Commit", COMMIT)
-        self.end_headers()
+            self._send_head(file, 200, {"ETag": etag(file)}, body=len(content))
         if self.command == "HEAD":
-            return first, 0
+            return
         if self.host == "storage" and mirror.drops_after is not None and len(content) > mirror.drops_after:
             content, mirror.drops_after = content[: mirror.drops_after], None
             self.close_connection = True
-        try:
+        with suppress(ConnectionError):  # a client that hangs up on a body it did not ask for
             self.wfile.write(content)
-        except ConnectionError:  # a client that hangs up on a body it did not ask for
-            return first, 0
-        return first, len(content)
+
+
+def etag(file: str) -> str:
+    return f'"{sha1(file.encode()).hexdigest()}"'
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from hashlib import sha1
 from pathlib import Path
 
 import pytest
@@ -19,15 +20,15 @@ from huggingface_hub import constants, hf_hub_download
 from safetensors.torch import load, save_file
 
 from export.checkpoint import VISION_PREFIXES, Checkpoint, CheckpointError, open_checkpoint
-from export.files import read_header
+from export.files import pack_header, read_header
 from export.synthetic import Layout, make_checkpoint
 from tests.export.hub_mirror import COMMIT, REPO, Mirror, hub_mirror
 
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Mirror]:
-    """A mirror of a sharded toy checkpoint. huggingface_hub reads HF_ENDPOINT when it is imported, so what it then sets is
-    set here; `test_environment_variables_choose_the_hub` goes through the variables."""
+    """A mirror of a sharded toy checkpoint. huggingface_hub reads HF_ENDPOINT when it is imported, so what it then sets
+    is set here; `test_environment_variables_choose_the_hub` goes through the variables."""
     make_checkpoint("toy", tmp_path / "repo", layout=Layout(files="sharded"))
     with hub_mirror(tmp_path / "repo") as mirror:
         point_at(mirror.url, monkeypatch)
@@ -68,9 +69,18 @@ def assert_same(opened: Checkpoint, directory: Path) -> None:
     assert all(torch.equal(tensor, local.tensor(name)) for name, tensor in opened)
 
 
-@pytest.mark.parametrize("files", ["single", "sharded"])
+def shuffle(path: Path) -> None:
+    """Save a safetensors file anew, vision and language tensors mixed."""
+    tensors = sorted(load(path.read_bytes()).items(), key=lambda entry: sha1(entry[0].encode()).digest())
+    header = pack_header((name, "F32", tuple(tensor.shape), tensor.nbytes) for name, tensor in tensors)
+    path.write_bytes(header + b"".join(tensor.numpy().tobytes() for _, tensor in tensors))
+
+
+@pytest.mark.parametrize("files", ["single", "shuffled", "sharded"])
 def test_exactly_the_vision_bytes_leave_the_hub(hub: Mirror, tmp_path: Path, files: str) -> None:
-    remake(hub, files)
+    remake(hub, "single" if files == "shuffled" else files)
+    if files == "shuffled":
+        shuffle(hub.directory / "model.safetensors")
     opened = open_from(hub, tmp_path)
 
     assert_same(opened, hub.directory)
@@ -92,7 +102,9 @@ def test_a_commit_is_named_and_no_path(hub: Mirror, tmp_path: Path) -> None:
 
 def test_progress_ends_at_the_vision_towers_size(hub: Mirror, tmp_path: Path) -> None:
     seen: list[tuple[int, int]] = []
-    opened = open_checkpoint(REPO, cache_dir=tmp_path / "cache", progress=lambda done, total: seen.append((done, total)))
+    opened = open_checkpoint(
+        REPO, cache_dir=tmp_path / "cache", progress=lambda done, total: seen.append((done, total))
+    )
     total = sum(tensor.nbytes for _, tensor in opened)
     assert seen == sorted(seen) and seen[-1] == (total, total)
 
@@ -101,7 +113,9 @@ def test_a_second_time_nothing_is_transferred(hub: Mirror, tmp_path: Path) -> No
     open_from(hub, tmp_path)
     hub.requests.clear()
     assert_same(open_from(hub, tmp_path), hub.directory)
-    assert [(request.method, request.file) for request in hub.requests] == [("HEAD", "config.json")]  # is main the same?
+    assert [(request.method, request.file) for request in hub.requests] == [
+        ("HEAD", "config.json")
+    ]  # is main the same?
 
 
 def test_offline_what_was_fetched_still_opens(hub: Mirror, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,6 +187,12 @@ def test_a_server_without_ranges_sends_the_shards_with_vision_whole(
     assert {request.file for request in hub.stored()} == needed
 
 
+def test_a_server_that_confuses_ranges_is_not_believed(hub: Mirror, tmp_path: Path) -> None:
+    hub.confuses_ranges = True
+    with pytest.raises(CheckpointError, match="served other bytes of model-00001"):
+        open_from(hub, tmp_path)
+
+
 def test_a_quantised_tower_is_refused_before_its_weights_are_transferred(hub: Mirror, tmp_path: Path) -> None:
     remake(hub, "single")
     path = hub.directory / "model.safetensors"
@@ -198,10 +218,10 @@ def test_what_the_hub_refuses_is_explained(hub: Mirror, tmp_path: Path, monkeypa
     with pytest.raises(CheckpointError, match=r"refuses config.json .* \(403\): set HF_TOKEN"):
         open_from(hub, tmp_path)
     hub.fails_with = 503
-    with pytest.raises(CheckpointError, match="answered 503 for config.json"):
+    with pytest.raises(CheckpointError, match=r"answered 503 for config.json"):
         open_from(hub, tmp_path)
     point_at("http://127.0.0.1:9", monkeypatch)  # "discard": nothing listens
-    with pytest.raises(CheckpointError, match="could not be reached .* check the network and HF_ENDPOINT"):
+    with pytest.raises(CheckpointError, match=r"could not be reached .* check the network and HF_ENDPOINT"):
         open_from(hub, tmp_path)
 
 
@@ -209,20 +229,23 @@ def test_damaged_repositories_are_explained(hub: Mirror, tmp_path: Path) -> None
     shard = hub.directory / "model-00001-of-00004.safetensors"
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-100])
-    with pytest.raises(CheckpointError, match="model-00001.* is truncated"):
+    with pytest.raises(CheckpointError, match=r"model-00001.* is truncated"):
+        open_checkpoint(REPO, cache_dir=tmp_path / "1")
+    shard.write_bytes(whole[:500])
+    with pytest.raises(CheckpointError, match=r"model-00001.* is truncated: it has 500 bytes"):
         open_checkpoint(REPO, cache_dir=tmp_path / "1")
     shard.write_bytes(b"x" * 1000)
-    with pytest.raises(CheckpointError, match="model-00001.* is no safetensors file"):
+    with pytest.raises(CheckpointError, match=r"model-00001.* is no safetensors file"):
         open_checkpoint(REPO, cache_dir=tmp_path / "2")
     shard.unlink()
-    with pytest.raises(CheckpointError, match="lacks model-00001.*, which its index lists"):
+    with pytest.raises(CheckpointError, match=r"lacks model-00001.*, which its index lists"):
         open_checkpoint(REPO, cache_dir=tmp_path / "3")
     (hub.directory / "model.safetensors.index.json").unlink()
     (hub.directory / "pytorch_model.bin").write_bytes(b"pickle")
     with pytest.raises(CheckpointError, match=r"pytorch_model\.bin \(pickle\).* give a checkpoint in safetensors"):
         open_checkpoint(REPO, cache_dir=tmp_path / "4")
     (hub.directory / "config.json").unlink()
-    with pytest.raises(CheckpointError, match="has no config.json"):
+    with pytest.raises(CheckpointError, match=r"has no config.json"):
         open_checkpoint(REPO, cache_dir=tmp_path / "5")
 
 

@@ -18,7 +18,7 @@ from PIL import ExifTags, Image, ImageFile, ImageOps
 from sidecar.vision.images import FORMATS, decode_image
 from sidecar.vision.pixels import MAX_IMAGE_PIXELS, PixelError
 
-PHOTOS = Path(__file__).parent.parent / "photos"
+PHOTOS = Path(__file__).parents[2] / "export" / "photos"
 HEIGHT, WIDTH = 20, 30
 
 
@@ -172,10 +172,11 @@ def test_a_decompression_bomb_is_refused_by_its_header() -> None:
     png[29:33] = zlib.crc32(png[12:29]).to_bytes(4, "big")
     with pytest.raises(PixelError, match="50000×50000 has 2500000000 pixels; the limit is 178956970"):
         decode_image(bytes(png))
-    webp = bytearray(encoded(photo("RGBA"), "WEBP"))
+    webp = bytearray(encoded(photo(), "WEBP", save_all=True, append_images=[photo("L")]))
     assert webp[12:16] == b"VP8X"
-    webp[24:30] = (16_000).to_bytes(3, "little") * 2
-    with pytest.raises(PixelError, match="over 178956970 pixels; the limit is 1000 "):
+    webp[24:30] = (16_000 - 1).to_bytes(3, "little") * 2
+    # Pillow 13 refuses this one itself; older ones let us see the size.
+    with pytest.raises(PixelError, match=r"(over 178956970|has 256000000) pixels; the limit is 1000 "):
         decode_image(bytes(webp), max_image_pixels=1000)
 
 

@@ -16,7 +16,6 @@ from sidecar.vision.grid import Grid, GridError
 from sidecar.vision.images import decode_image
 from sidecar.vision.pixels import (
     PixelError,
-    bf16_to_f32,
     given_patches,
     image_grid,
     image_patches,
@@ -31,7 +30,7 @@ TOWER = TowerSpec(
     depth=2, hidden_size=32, num_heads=2, intermediate_size=48, out_hidden_size=64, fullatt_block_indexes=(1,)
 )
 SPEC = PixelSpec()
-PHOTOS = {path.stem: decode_image(path.read_bytes()) for path in Path(__file__).parent.parent.glob("photos/*-*")}
+PHOTOS = {path.stem: decode_image(path.read_bytes()) for path in (Path(__file__).parents[2] / "export/photos").glob("*-*")}
 RAW = {"do_rescale": False, "do_normalize": False, "return_tensors": "np"}
 
 
@@ -252,15 +251,6 @@ def test_an_image_may_send_one_of_its_equal_temporal_slices() -> None:
 def test_bytes_that_are_patches_already_are_not_copied() -> None:
     values = image_patches(picture(60, 60), TOWER, SPEC)
     assert given_patches(values.values, values.grid, TOWER, SPEC, normalised=False).values is values.values
-
-
-def test_bfloat16_bits_are_read_as_torch_reads_them() -> None:
-    torch = pytest.importorskip("torch")
-    bits = np.arange(65536, dtype=np.uint16).reshape(2, -1)
-    expected = torch.from_numpy(bits.view(np.int16)).view(torch.bfloat16).float().numpy()
-    np.testing.assert_array_equal(bf16_to_f32(bits).view(np.uint32) << 1, expected.view(np.uint32) << 1)
-    with pytest.raises(PixelError, match="must be uint16, got int16"):
-        bf16_to_f32(bits.view(np.int16))
 
 
 @pytest.mark.parametrize(

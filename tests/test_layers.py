@@ -1,0 +1,87 @@
+"""The arrows of docs/design.md: who may import whom, and who may import what from outside."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# For each room, the parts of this project that it may import beside itself. The first match counts.
+ALLOWED = {
+    "sidecar/vision/": (),
+    "sidecar/runtimes/": ("sidecar.vision",),
+    "sidecar/engine/": ("sidecar.runtimes", "sidecar.vision", "sidecar.errors"),
+    "sidecar/server/": ("sidecar",),
+    "sidecar/commands/serve.py": ("sidecar",),
+    "sidecar/commands/": ("sidecar.client", "sidecar.picture", "sidecar.vision", "sidecar.pb"),
+    "sidecar/client.py": ("sidecar.items", "sidecar.replies", "sidecar.pb", "sidecar.vision"),
+    "sidecar/items.py": ("sidecar.pb", "sidecar.vision"),
+    "sidecar/replies.py": ("sidecar.items", "sidecar.pb", "sidecar.vision"),
+    "sidecar/picture.py": ("sidecar.vision",),
+    "sidecar/artifact.py": ("sidecar.vision",),
+    "sidecar/adopted.py": ("sidecar.artifact", "sidecar.runtimes", "sidecar.vision"),
+    "sidecar/errors.py": ("sidecar.vision",),
+    "sidecar/settings.py": ("sidecar.runtimes.loading", "sidecar.vision"),
+    "export/": ("export", "sidecar.artifact", "sidecar.adopted", "sidecar.runtimes", "sidecar.vision"),
+}
+# Heavy packages and the only places that may import them.
+HEAVY = {
+    "torch": ("sidecar/vision/tower.py", "sidecar/runtimes/torch.py", "export/"),
+    "transformers": ("export/optimum_child.py",),
+    "vllm": (),
+    "dynamo": (),
+    "openvino": ("sidecar/runtimes/openvino.py", "sidecar/runtimes/optimum.py", "export/"),
+    "onnxruntime": ("sidecar/runtimes/onnx.py",),
+}
+
+
+def modules() -> list[str]:
+    files = [*(ROOT / "sidecar").rglob("*.py"), *(ROOT / "export").rglob("*.py")]
+    return sorted(path.relative_to(ROOT).as_posix() for path in files if "/pb/" not in path.as_posix())
+
+
+def imports(module: str) -> Iterator[str]:
+    for node in ast.walk(ast.parse((ROOT / module).read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def within(name: str, package: str) -> bool:
+    return name == package or name.startswith(package + ".")
+
+
+@pytest.mark.parametrize("module", modules())
+def test_arrows_point_one_way(module: str) -> None:
+    room = next((room for room in ALLOWED if module.startswith(room)), None)
+    if room is None:
+        assert module in ("sidecar/__init__.py", "sidecar/__main__.py"), f"{module} has no place in docs/design.md"
+        return
+    own = room.removesuffix(".py").strip("/").replace("/", ".")
+    for name in imports(module):
+        if name.split(".")[0] not in ("sidecar", "export") or within(name, own):
+            continue
+        if name in ("sidecar", "sidecar.__version__"):
+            continue
+        assert any(within(name, allowed) for allowed in ALLOWED[room]), f"{module} must not import {name}"
+
+
+@pytest.mark.parametrize("module", modules())
+def test_heavy_packages_stay_where_they_belong(module: str) -> None:
+    for name in imports(module):
+        places = HEAVY.get(name.split(".")[0])
+        assert places is None or any(module.startswith(place) for place in places), f"{module} must not import {name}"
+
+
+def test_serving_imports_neither_torch_nor_transformers() -> None:
+    code = "import sidecar.server.app, sidecar.runtimes.openvino, sidecar.client, sys; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert not {"torch", "transformers", "onnxruntime", "huggingface_hub"} & set(loaded)
