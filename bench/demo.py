@@ -31,7 +31,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.demo", description=__doc__)
     parser.add_argument("--model", default="random:toy", help="random:toy, random:3b, or a checkpoint directory")
     parser.add_argument("--precision", default="bf16")
-    parser.add_argument("--dir", type=Path, default=Path("demo"), help="where checkpoint, artifact and pictures are left")
+    parser.add_argument(
+        "--dir", type=Path, default=Path("demo"), help="where checkpoint, artifact and pictures are left"
+    )
     options = parser.parse_args()
     console = Console(highlight=False)
     options.dir.mkdir(parents=True, exist_ok=True)

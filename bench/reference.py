@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import torch
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
@@ -50,5 +48,3 @@ class TransformersTower:
         normalised = ((values.float() / 255 - self._mean) / self._std).to(self._dtype)
         grids = torch.tensor([tuple(item.grid) for item in items])
         return self._model(normalised, grids).pooler_output.float().numpy()
-
-

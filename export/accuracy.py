@@ -73,7 +73,7 @@ def measure(
     advance: Callable[[], None],
 ) -> Accuracy:
     """Run every sample through a loaded runtime and compare; `advance` is called after each."""
-    measured = []
+    measured: list[dict[str, Any]] = []
     cosines = []
     finite = True
     for sample, reference in zip(samples, references, strict=True):

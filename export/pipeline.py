@@ -210,7 +210,7 @@ def fingerprint_of(checkpoint: Checkpoint, advance: Callable[[], None] = lambda:
     hashes = {}
     for name, tensor in checkpoint:
         digest = hashlib.sha256(f"{_dtype(tensor.dtype)} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
         hashes[name] = digest.hexdigest()
         advance()
     return sealed.fingerprint(checkpoint.tower, checkpoint.pixels, hashes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from html import escape
+from math import log10
 
 from rich.console import Console
 from rich.table import Table
@@ -25,7 +26,8 @@ def print_table(variants: Sequence[Variant], console: Console) -> None:
     """One row a variant: its worst row, its mean, its worst sample."""
     table = Table(title="Accuracy against float32 torch, row by row")
     for heading in ("variant", "cosine min", "cosine mean", "relative error", "bar", "worst sample", ""):
-        table.add_column(heading, justify="left" if heading in ("variant", "worst sample") else "right")
+        named = heading in ("variant", "worst sample")
+        table.add_column(heading, justify="left" if named else "right", no_wrap=heading == "variant")
     for variant in variants:
         accuracy = variant.accuracy
         if accuracy is None:
@@ -34,8 +36,8 @@ def print_table(variants: Sequence[Variant], console: Console) -> None:
         worst = min(accuracy.samples, key=lambda sample: float(sample["cosine_min"]))
         table.add_row(
             variant.name,
-            f"{accuracy.cosine_min:.6f}",
-            f"{accuracy.cosine_mean:.6f}",
+            f"{accuracy.cosine_min:.5f}",
+            f"{accuracy.cosine_mean:.5f}",
             f"{accuracy.relative_error:.2e}",
             f"{accuracy.bar}",
             f"{worst['name']} {tuple(worst['grid'])}",
@@ -52,8 +54,8 @@ def html_page(variants: Sequence[Variant], checkpoint: Checkpoint, fingerprint: 
     parts = [
         f"<!doctype html><html lang=en><meta charset=utf-8><title>Accuracy of {escape(checkpoint.source)}</title>",
         f"<style>{_STYLE}</style><h1>Accuracy of {escape(checkpoint.source)}</h1>",
-        f"<p class=note>Embeddings against float32 torch, row by row, from {checkpoint.dtype} weights.{random}"
-        f"<br>Fingerprint {escape(fingerprint)}</p>",
+        f"<p class=note>Embeddings against float32 torch, row by row, from {checkpoint.dtype} weights.{random}<br>",
+        f"Fingerprint {escape(fingerprint)}</p>",
     ]
     for variant in variants:
         if variant.accuracy is None:
@@ -61,9 +63,8 @@ def html_page(variants: Sequence[Variant], checkpoint: Checkpoint, fingerprint: 
         accuracy = variant.accuracy
         verdict = "" if accuracy.passed else " fail"
         parts.append(f"<h2>{escape(variant.name)}</h2><table class='{verdict}'>")
-        parts.append(
-            "<thead><tr><th>sample<th>grid (t, h, w)<th>cosine min<th>cosine mean<th>relative error<th>1 − cosine min</tr></thead>"
-        )
+        headings = ("sample", "grid (t, h, w)", "cosine min", "cosine mean", "relative error", "1 − cosine min")
+        parts.append(f"<thead><tr>{''.join(f'<th>{heading}' for heading in headings)}</tr></thead>")
         for sample in accuracy.samples:
             parts.append(
                 f"<tr><td>{escape(str(sample['name']))}<td>{tuple(sample['grid'])}<td>{sample['cosine_min']:.6f}"
@@ -78,7 +79,5 @@ def html_page(variants: Sequence[Variant], checkpoint: Checkpoint, fingerprint: 
 
 def _bar(cosine: float) -> str:
     """1 − cosine from 1e-7 (nothing) to 1 (full width)."""
-    from math import log10
-
     share = (log10(min(max(1 - cosine, 1e-7), 1)) + 7) / 7
     return f"<span class=bar style='width:{6 * share:.2f}rem'></span>"

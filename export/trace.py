@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -56,5 +57,8 @@ def exported_program(tower: Tower, example: Example) -> torch.export.ExportedPro
         {place: torch.export.Dim.DYNAMIC for place, axis in enumerate(AXES[name]) if axis is not None}
         for name in INPUT_NAMES
     )
-    with torch.no_grad():
-        return torch.export.export(tower, example.inputs, dynamic_shapes=shapes, strict=False, prefer_deferred_runtime_asserts_over_guards=True)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch.export's use of its own pytree
+        return torch.export.export(
+            tower, example.inputs, dynamic_shapes=shapes, strict=False, prefer_deferred_runtime_asserts_over_guards=True
+        )

@@ -6,6 +6,9 @@ real tower costs little more than its graphs.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -54,7 +57,7 @@ def load_tower(checkpoint: Checkpoint, precision: str) -> network.Tower:
         {name: checkpoint.tensor(name).to(dtype) for name in checkpoint.names}, assign=True, strict=True
     )
     if precision == "int8":
-        replace_linears(tower, Int8Linear)
+        replace_modules(tower, network.Linear, Int8Linear)
     return tower.eval()
 
 
@@ -66,10 +69,10 @@ def empty_tower(checkpoint: Checkpoint) -> network.Tower:
     return tower
 
 
-def replace_linears(module: nn.Module, replacement: type[nn.Module]) -> None:
-    """Put `replacement(linear)` in the place of every linear layer below `module`."""
+def replace_modules(module: nn.Module, kind: type[nn.Module], replacement: Callable[[Any], nn.Module]) -> None:
+    """Put `replacement(child)` in the place of every module of `kind` below `module`."""
     for name, child in list(module.named_children()):
-        if isinstance(child, network.Linear):
+        if isinstance(child, kind):
             setattr(module, name, replacement(child))
         else:
-            replace_linears(child, replacement)
+            replace_modules(child, kind, replacement)

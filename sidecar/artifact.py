@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -25,6 +26,7 @@ MANIFEST = "manifest.json"
 SEAL = "manifest.json.sha256"
 
 _BLOCK_BYTES = 1 << 22
+_SEAL_LINE = re.compile(rb"([0-9a-f]{64})  " + re.escape(MANIFEST.encode()) + rb"\s*")
 
 
 class ArtifactError(ValueError):
@@ -236,11 +238,10 @@ def open_artifact(directory: Path) -> Artifact:
     if not seal_path.is_file():
         raise ArtifactError(f"{SEAL} is missing; export the artifact again or copy it whole")
     data = manifest_path.read_bytes()
-    try:
-        sealed = seal_path.read_text().split()[0]
-    except (UnicodeDecodeError, IndexError):
-        raise ArtifactError(f"{SEAL} does not hold a sha256; export the artifact again or copy it whole") from None
-    if hashlib.sha256(data).hexdigest() != sealed:
+    sealed = _SEAL_LINE.fullmatch(seal_path.read_bytes())
+    if sealed is None:
+        raise ArtifactError(f"{SEAL} does not hold a sha256; export the artifact again or copy it whole")
+    if hashlib.sha256(data).hexdigest() != sealed[1].decode():
         raise ArtifactError(f"{MANIFEST} was changed after export: it does not match {SEAL}")
     try:
         content = json.loads(data)
@@ -262,9 +263,14 @@ def open_artifact(directory: Path) -> Artifact:
         hashes = {name: entry["sha256"] for name, entry in content["files"].items()}
     except ArtifactError:
         raise
-    except (ValueError, TypeError, KeyError, AttributeError, SpecError) as error:
+    except KeyError as error:
+        raise ArtifactError(f"{MANIFEST} cannot be read: it lacks {error}") from None
+    except (ValueError, TypeError, AttributeError, SpecError) as error:
         raise ArtifactError(f"{MANIFEST} cannot be read: {error}") from None
     for name in [*hashes, *(file for variant in manifest.variants for file in (variant.graph, *variant.files))]:
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
             raise ArtifactError(f"{MANIFEST} names a file outside the artifact: {name}")
+    for variant in manifest.variants:
+        if variant.graph not in variant.files:
+            raise ArtifactError(f"{MANIFEST} does not list {variant.graph}, the graph of {variant.name}, among its files")
     return Artifact(directory, manifest, hashes)

@@ -15,7 +15,11 @@ from typing import Any, Self
 from sidecar.runtimes.loading import RUNTIME_NAMES
 from sidecar.vision.dtypes import DType
 
-_DEFAULT_CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "epd-encoder-sidecar"
+# What the contract's and gRPC's numbers can hold.
+_MAX_INT = 2**31 - 1
+_MAX_DRAIN_S = 86_400.0
+_MAX_PORT = 65_535
+
 _EMBEDDING_DTYPES = ("auto", DType.BFLOAT16, DType.FLOAT16, DType.FLOAT32)
 
 
@@ -38,12 +42,34 @@ def _flag(text: str) -> bool:
     return values[text.lower()]
 
 
+def _whole(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError("must be a whole number") from None
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError("must be a number") from None
+
+
 def _addresses(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
 def _cache_dir(text: str) -> Path | None:
     return None if text in ("", "none") else Path(text)
+
+
+def _default_cache() -> Path | None:
+    """None where there is no home: under a user id that only the container's runtime knows."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "epd-encoder-sidecar"
+    except RuntimeError:
+        return None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,7 +91,8 @@ class Settings:
         variables=("DYN_ENCODER_DEVICE",),
     )
     runtime: str = _setting(
-        f"one of {', '.join(RUNTIME_NAMES)}, or auto: openvino where the artifact has it, torch for cuda and xpu", "auto"
+        f"one of {', '.join(RUNTIME_NAMES)}, or auto: openvino where the artifact has it, torch for cuda and xpu",
+        "auto",
     )
     precision: str = _setting("f32, bf16 or int8, or auto: what the artifact names first for the runtime", "auto")
     embedding_dtype: str = _setting(
@@ -73,35 +100,41 @@ class Settings:
         "worker computes in",
         "auto",
     )
-    threads: int = _setting("threads of the runtime; 0 lets it take every core it is allowed", 0, parse=int)
+    threads: int = _setting("threads of the runtime; 0 lets it take every core it is allowed", 0, parse=_whole)
     preprocess_threads: int = _setting(
-        "threads that decode and resize. They share the cores with the runtime, so more of them slows the runs", 2, parse=int
+        "threads that decode and resize. They share the cores with the runtime, so more of them slows the runs",
+        2,
+        parse=_whole,
     )
     cache_dir: Path | None = _setting(
         "where compiled models are kept, so that a restart is quick; none turns it off (read-only file systems)",
-        _DEFAULT_CACHE,
+        _default_cache(),
         parse=_cache_dir,
     )
     max_message_bytes: int = _setting(
         "largest request accepted. The whole of it is in memory at once, so it bounds what one caller can make us hold",
         64 << 20,
-        parse=int,
+        parse=_whole,
     )
-    max_items: int = _setting("most items in one request", 256, parse=int)
+    max_items: int = _setting("most items in one request", 256, parse=_whole)
     max_image_pixels: int = _setting(
         "largest picture decoded, in pixels before resizing; checked in the header before any pixel is decoded",
         64_000_000,
-        parse=int,
+        parse=_whole,
     )
     max_item_patches: int = _setting(
-        "largest item encoded, in patches. Time grows with its square in the full-attention blocks", 65_536, parse=int
+        "largest item encoded, in patches. Time grows with its square in the full-attention blocks",
+        65_536,
+        parse=_whole,
     )
     max_queue_patches: int = _setting(
         "patches that may wait for a lane; beyond it callers are told when to come back instead of being made to wait",
         262_144,
-        parse=int,
+        parse=_whole,
     )
-    drain_seconds: float = _setting("how long SIGTERM waits for accepted work before giving up on it", 30.0, parse=float)
+    drain_seconds: float = _setting(
+        "how long SIGTERM waits for accepted work before giving up on it", 30.0, parse=_number
+    )
     allow_below_bar: bool = _setting(
         "serve an artifact whose measured accuracy is below its bar, or was never measured", False, parse=_flag
     )
@@ -113,15 +146,22 @@ class Settings:
     def __post_init__(self) -> None:
         if not self.listen:
             raise SettingsError("--listen needs at least one address")
-        for name in ("max_message_bytes", "max_items", "max_image_pixels", "max_item_patches", "max_queue_patches"):
-            if getattr(self, name) < 1:
-                raise SettingsError(f"{_flag_name(name)} must be at least 1, got {getattr(self, name)}")
-        if self.preprocess_threads < 1:
-            raise SettingsError(f"--preprocess-threads must be at least 1, got {self.preprocess_threads}")
-        if self.threads < 0:
-            raise SettingsError(f"--threads must be 0 or more, got {self.threads}")
-        if not 0 <= self.drain_seconds < float("inf"):
-            raise SettingsError(f"--drain-seconds must be 0 or more, got {self.drain_seconds}")
+        for address in self.listen:
+            _check_address(address)
+        if not self.device:
+            raise SettingsError("--device must name a device, such as cpu")
+        for name, least, most in (
+            ("threads", 0, _MAX_INT),
+            ("preprocess_threads", 1, _MAX_INT),
+            ("max_message_bytes", 1, _MAX_INT),
+            ("max_items", 1, _MAX_INT),
+            ("max_image_pixels", 1, _MAX_INT),
+            ("max_item_patches", 1, _MAX_INT),
+            ("max_queue_patches", 1, _MAX_INT),
+            ("drain_seconds", 0, _MAX_DRAIN_S),
+        ):
+            if not least <= getattr(self, name) <= most:
+                raise SettingsError(f"{_flag_name(name)} must be from {least} to {most:.0f}, got {getattr(self, name)}")
         for name, known in (
             ("runtime", ("auto", *RUNTIME_NAMES)),
             ("precision", ("auto", "f32", "bf16", "int8")),
@@ -129,14 +169,18 @@ class Settings:
             ("log_level", ("debug", "info", "warning", "error")),
         ):
             if getattr(self, name) not in known:
-                raise SettingsError(f"{_flag_name(name)} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+                raise SettingsError(
+                    f"{_flag_name(name)} must be one of {', '.join(known)}, got {getattr(self, name)!r}"
+                )
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
         """One flag for each field; what is not given on the command line is left to the environment."""
         for setting in fields(cls):
             variables = ", ".join(_variables(setting))
-            default = "" if setting.default is MISSING or setting.default == () else f", default {_shown(setting.default)}"
+            default = (
+                "" if setting.default is MISSING or setting.default == () else f", default {_shown(setting.default)}"
+            )
             parser.add_argument(
                 _flag_name(setting.name),
                 default=None,
@@ -148,7 +192,7 @@ class Settings:
 
     @classmethod
     def from_sources(cls, flags: Mapping[str, str | None], environment: Mapping[str, str] = os.environ) -> Self:
-        """Flags first, then the environment, then defaults.
+        """Flags first, then the environment, then defaults. A variable that is set to nothing counts as not set.
 
         Raises:
             SettingsError: if a value does not parse, is out of range, or a required one is missing.
@@ -156,7 +200,7 @@ class Settings:
         values: dict[str, Any] = {}
         for setting in fields(cls):
             given = {_flag_name(setting.name): flags.get(setting.name)}
-            given |= {variable: environment.get(variable) for variable in _variables(setting)}
+            given |= {variable: environment.get(variable) or None for variable in _variables(setting)}
             source, text = next(((name, text) for name, text in given.items() if text is not None), ("", None))
             if text is None:
                 if setting.default is MISSING and setting.default_factory is MISSING:
@@ -165,8 +209,24 @@ class Settings:
             try:
                 values[setting.name] = setting.metadata["parse"](text)
             except ValueError as error:
-                raise SettingsError(f"{source}: {text!r} {error}") from None
+                origin = "" if source == _flag_name(setting.name) else f" from {source}"
+                raise SettingsError(f"{_flag_name(setting.name)} {error}, got {text!r}{origin}") from None
         return cls(**values)
+
+
+def _check_address(address: str) -> None:
+    """gRPC would take a missing port for 443, and one that is too large for another one.
+
+    Raises:
+        SettingsError: if the address is neither host:port nor a unix socket.
+    """
+    if address.startswith(("unix:", "unix-abstract:")):
+        return
+    host, _, port = address.rpartition(":")
+    if not host or not (port.isascii() and port.isdigit() and int(port) <= _MAX_PORT):
+        raise SettingsError(
+            f"--listen takes host:port with a port from 0 (any that is free) to {_MAX_PORT}, or unix:/path; got {address!r}"
+        )
 
 
 def _flag_name(name: str) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import onnxruntime
@@ -11,6 +13,14 @@ from sidecar.runtimes.base import Load, Runtime, RuntimeFault
 from sidecar.vision.dtypes import Array, from_float32
 from sidecar.vision.grid import Grid
 from sidecar.vision.windows import plan_windows
+
+
+def multiplies_bytes_exactly(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether products of uint8 and int8 are summed without saturating at 16 bits. x86 without VNNI does saturate
+    (onnxruntime's quantization guide); other processors, and systems that do not tell, are taken at their word."""
+    if platform.machine() not in ("x86_64", "AMD64") or not cpuinfo.is_file():
+        return True
+    return any(feature in cpuinfo.read_text() for feature in ("avx512_vnni", "avx_vnni"))
 
 
 class OnnxRuntime(Runtime):
@@ -28,6 +38,10 @@ class OnnxRuntime(Runtime):
         self.precision = load.precision
         self.output_dtype = load.output_dtype
         self._tower = load.tower
+        if load.precision == "int8" and not multiplies_bytes_exactly():
+            raise RuntimeFault(
+                "this CPU has no VNNI, without which ONNX Runtime's int8 products can overflow unnoticed; serve another precision"
+            )
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = load.threads
         options.log_severity_level = 3

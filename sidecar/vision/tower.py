@@ -10,6 +10,8 @@ are a batch axis, whole frames a padded batch axis, and normalisation of the pix
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -49,12 +51,15 @@ class RMSNorm(nn.Module):
 class PatchEmbed(nn.Module):
     """Patches (N, C·T·P·P) in pixel units 0…255, uint8 or float, to hidden states (N, hidden)."""
 
+    scale: Tensor
+    shift: Tensor
+
     def __init__(self, spec: TowerSpec, pixels: PixelSpec) -> None:
         super().__init__()
         self.spec = spec
         shape = (spec.hidden_size, spec.in_channels, spec.temporal_patch_size, spec.patch_size, spec.patch_size)
-        self.proj = nn.Module()
-        self.proj.weight = nn.Parameter(torch.empty(shape), requires_grad=False)
+        # A module of its own only for the parameter's name in checkpoints, proj.weight.
+        self.proj = nn.ParameterDict({"weight": nn.Parameter(torch.empty(shape), requires_grad=False)})
         self.set_normalisation(pixels)
 
     def set_normalisation(self, pixels: PixelSpec) -> None:
@@ -67,7 +72,7 @@ class PatchEmbed(nn.Module):
 
     def forward(self, patches: Tensor, dtype: torch.dtype) -> Tensor:
         normalised = patches.to(torch.float32) * self.scale + self.shift
-        weight = self.proj.weight.to(dtype).reshape(self.spec.hidden_size, self.spec.patch_width)
+        weight = self.proj["weight"].to(dtype).reshape(self.spec.hidden_size, self.spec.patch_width)
         return functional.linear(normalised.to(dtype), weight)
 
 
@@ -95,16 +100,17 @@ class Attention(nn.Module):
         self.qkv = Linear(spec.hidden_size, 3 * spec.hidden_size)
         self.proj = Linear(spec.hidden_size, spec.hidden_size)
 
-    def attend(self, qkv: Tensor, cos: Tensor, sin: Tensor, length: int, mask: Tensor | None = None) -> Tensor:
-        """qkv (G·L, 3·hidden), cos and sin (G·L, head_dim), length L, mask (G, L) or None → (G·L, hidden).
+    def attend(self, tables: Iterable[Tensor], length: int, mask: Tensor | None = None) -> Tensor:
+        """tables: qkv (G·L, 3·hidden), cos and sin (G·L, head_dim); length L; mask (G, L) or None → (G·L, hidden).
 
         L is handed over rather than read off a shape: where a traced graph has no groups at all, it must not divide by
         their number to find it.
         """
         spec = self.spec
+        qkv, *angles = tables
         heads = qkv.reshape(-1, length, 3, spec.num_heads, spec.head_dim)
         query, key, value = (heads[:, :, part].transpose(1, 2) for part in range(3))
-        cos, sin = (angle.reshape(-1, 1, length, spec.head_dim) for angle in (cos, sin))
+        cos, sin = (angle.reshape(-1, 1, length, spec.head_dim) for angle in angles)
         query, key = rotate(query, cos, sin), rotate(key, cos, sin)
         bias = None if mask is None else mask.to(query.dtype).reshape(-1, 1, 1, length)
         mixed = functional.scaled_dot_product_attention(query, key, value, attn_mask=bias)
@@ -118,8 +124,8 @@ class WindowAttention(Attention):
         length = self.spec.window_patches
         tables = (self.qkv(x), cos, sin)
         split = x.shape[0] - ragged_return.shape[0]
-        whole = self.attend(*(table[:split] for table in tables), length)
-        ragged = self.attend(*(rows(table, index.reshape(-1)) for table in tables), length, mask)
+        whole = self.attend((table[:split] for table in tables), length)
+        ragged = self.attend((rows(table, index.reshape(-1)) for table in tables), length, mask)
         return self.proj(torch.cat((whole, rows(ragged, ragged_return))))
 
 
@@ -128,7 +134,7 @@ class FrameAttention(Attention):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, index: Tensor, mask: Tensor, frame_return: Tensor) -> Tensor:
         tables = (self.qkv(x), cos, sin)
-        frames = self.attend(*(rows(table, index.reshape(-1)) for table in tables), index.shape[1], mask)
+        frames = self.attend((rows(table, index.reshape(-1)) for table in tables), index.shape[1], mask)
         return self.proj(rows(frames, frame_return))
 
 

@@ -17,7 +17,9 @@ SPEC = TowerSpec(
     depth=2, hidden_size=64, num_heads=4, intermediate_size=96, out_hidden_size=48, fullatt_block_indexes=(1,)
 )
 
-grids = st.builds(Grid, st.integers(1, 3), st.integers(1, 20).map(lambda n: 2 * n), st.integers(1, 20).map(lambda n: 2 * n))
+grids = st.builds(
+    Grid, st.integers(1, 3), st.integers(1, 20).map(lambda n: 2 * n), st.integers(1, 20).map(lambda n: 2 * n)
+)
 
 
 def transformers_windows(items: list[Grid]) -> set[frozenset[int]]:
