@@ -47,6 +47,17 @@ export: $(READY)
 serve: $(READY)
 	$(BIN)/python -m sidecar serve --artifact '$(OUT)' --listen '$(LISTEN)' --device '$(DEVICE)'
 
+# optimum-intel's own environment. It brings torchvision, whose CUDA build does not load beside a CPU torch and then keeps
+# transformers from loading; nothing here needs it.
+optimum-env: .venv-optimum/.ready
+.venv-optimum/.ready: constraints.txt
+	test -x .venv-optimum/bin/python || $(PYTHON) -m venv .venv-optimum
+	.venv-optimum/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+	  'optimum-intel==2.2.*' 'transformers==5.0.*' torch
+	.venv-optimum/bin/python -c 'import torchvision' 2>/dev/null || \
+	  .venv-optimum/bin/python -m pip uninstall --quiet --yes torchvision
+	touch $@
+
 bench: $(READY)
 	$(BIN)/python -m bench.tower
 

@@ -14,6 +14,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,8 @@ from sidecar.runtimes.base import Load, Runtime
 from sidecar.runtimes.loading import load_runtime
 from sidecar.vision.dtypes import DType
 from sidecar.vision.grid import Grid
+
+Encode = Callable[[np.ndarray, Grid], object]
 
 # 256, 1024, 2304, 5184 patches, and 1920×1080.
 GRIDS = (Grid(1, 16, 16), Grid(1, 32, 32), Grid(1, 48, 48), Grid(1, 72, 72), Grid(1, 78, 138))
@@ -47,18 +50,37 @@ def patches(grid: Grid, width: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (grid.patches, width), dtype=np.uint8)
 
 
-def times(artifact: Path, names: list[tuple[str, str]], runs: int) -> dict[int, dict[str, float]]:
-    """patches → variant → median milliseconds, the variants in turn."""
+def encoders(artifact: Path, names: list[tuple[str, str]], checkpoint: str | None) -> dict[str, Encode]:
+    """The variants, and with a checkpoint transformers' own tower in bf16 beside them."""
     tower = open_artifact(artifact).manifest.tower
-    loaded = {f"{runtime}/{precision}": load(artifact, runtime, precision) for runtime, precision in names}
+
+    def of(runtime: Runtime) -> Encode:
+        return lambda values, grid: runtime.encode(values, [grid], tower)
+
+    found = {f"{runtime}/{precision}": of(load(artifact, runtime, precision)) for runtime, precision in names}
+    if checkpoint is not None:
+        import torch
+
+        from bench.reference import TransformersTower
+        from export.checkpoint import open_checkpoint
+        from sidecar.vision.pixels import Patches
+
+        theirs = TransformersTower(open_checkpoint(checkpoint), torch.bfloat16)
+        found["transformers/bf16"] = lambda values, grid: theirs.rows(Patches(values, grid))
+    return found
+
+
+def times(artifact: Path, loaded: dict[str, Encode], runs: int) -> dict[int, dict[str, float]]:
+    """patches → encoder → median milliseconds, the encoders in turn."""
+    tower = open_artifact(artifact).manifest.tower
     table: dict[int, dict[str, float]] = {}
     for grid in GRIDS:
         values = patches(grid, tower.patch_width)
         measured: dict[str, list[float]] = {name: [] for name in loaded}
         for attempt in range(runs + 1 if grid.patches < 4000 else max(2, runs // 2)):
-            for name, runtime in loaded.items():
+            for name, encode in loaded.items():
                 started = time.perf_counter()
-                runtime.encode(values, [grid], tower)
+                encode(values, grid)
                 if attempt:  # the first run at a size sets the runtime up for it
                     measured[name].append((time.perf_counter() - started) * 1e3)
         table[grid.patches] = {name: statistics.median(found) for name, found in measured.items()}
@@ -87,6 +109,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.tower", description=__doc__)
     parser.add_argument("--artifact", type=Path, default=Path("artifacts/random-3b"))
     parser.add_argument("--variants", default="openvino/bf16,openvino/int8")
+    parser.add_argument("--checkpoint", help="a checkpoint directory: transformers' tower is timed in the same run")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--memory-of", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -94,9 +117,12 @@ def main() -> None:
     if options.memory_of is not None:
         memory_of_one(options.artifact, *names[0], options.memory_of)
         return
-    table = times(options.artifact, names, options.runs)
-    print("\n| patches | " + " | ".join(f"{'/'.join(name)} ms" for name in names) + " | memory added, MB |")
-    print("|---|" + "---|" * (len(names) + 1))
+    loaded = encoders(options.artifact, names, options.checkpoint)
+    columns = list(loaded)
+    table = times(options.artifact, loaded, options.runs)
+    del loaded  # its memory is not to be counted below
+    print("\n| patches | " + " | ".join(f"{name} ms" for name in columns) + " | memory added, MB |")
+    print("|---|" + "---|" * (len(columns) + 1))
     for index, (count, row) in enumerate(table.items()):
         added = []
         for name in names:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from export.trace import INPUT_NAMES, OUTPUT_NAME, example_run, exported_program
+from export.trace import INPUT_NAMES, OUTPUT_NAME, example_run, exported_program, quiet
 from export.weights import Int8Linear, replace_modules
 from sidecar.vision.tower import Tower
 
@@ -57,8 +54,7 @@ def write_onnx(tower: Tower, graph: Path) -> tuple[Path, ...]:
     replace_modules(tower, Int8Linear, Int8RowsLinear)
     program = exported_program(tower, example_run(tower.spec))
     graph.parent.mkdir(parents=True, exist_ok=True)
-    with warnings.catch_warnings(), _quiet("torch.onnx"):
-        warnings.simplefilter("ignore")
+    with quiet():
         torch.onnx.export(
             program,
             f=graph,
@@ -70,17 +66,3 @@ def write_onnx(tower: Tower, graph: Path) -> tuple[Path, ...]:
             verbose=False,
         )
     return graph, graph.with_name(graph.name + ".data")
-
-
-class _quiet:
-    """The exporter logs every step it does well; a person exporting wants the progress bar."""
-
-    def __init__(self, name: str) -> None:
-        self._logger = logging.getLogger(name)
-
-    def __enter__(self) -> None:
-        self._level = self._logger.level
-        self._logger.setLevel(logging.ERROR)
-
-    def __exit__(self, *_: Any) -> None:
-        self._logger.setLevel(self._level)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import openvino as ov
 
-from export.trace import INPUT_NAMES, OUTPUT_NAME, example_run, exported_program
+from export.trace import INPUT_NAMES, OUTPUT_NAME, example_run, exported_program, quiet
 from sidecar.runtimes.openvino import graph_files
 from sidecar.vision.tower import Tower
 
@@ -18,7 +18,9 @@ def write_openvino(tower: Tower, graph: Path) -> tuple[Path, ...]:
     Returns the files written.
     """
     example = example_run(tower.spec)
-    model = ov.convert_model(exported_program(tower, example))
+    program = exported_program(tower, example)
+    with quiet():
+        model = ov.convert_model(program)
     for port, name in zip(model.inputs, INPUT_NAMES, strict=True):
         port.get_tensor().set_names({name})
         parameter = port.get_node()

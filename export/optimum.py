@@ -34,8 +34,6 @@ CHILD = Path(__file__).with_name("optimum_child.py")
 ENVIRONMENT = Path(".venv-optimum")
 PYTHON_VARIABLE = "EPD_OPTIMUM_PYTHON"
 
-_LOADED_WHOLE = "optimum-intel loads the whole checkpoint, language model included"
-
 
 def export_via_optimum(job: Job, console: Console) -> Artifact:
     """Export with optimum-intel and return the artifact at `job.out`, its variants under the runtime name `optimum`.
@@ -75,7 +73,9 @@ def optimum_python() -> str:
     given = os.environ.get(PYTHON_VARIABLE)
     if given:
         if shutil.which(given) is None:
-            raise ExportError(f"{PYTHON_VARIABLE} names {given}, which cannot be run; give a Python that has optimum-intel")
+            raise ExportError(
+                f"{PYTHON_VARIABLE} names {given}, which cannot be run; give a Python that has optimum-intel"
+            )
         return given
     beside = ENVIRONMENT / "bin" / "python"
     if beside.exists():
@@ -90,9 +90,7 @@ def optimum_python() -> str:
     return sys.executable
 
 
-def _write(
-    python: str, origin: list[str], dtype: torch.dtype, precisions: list[str], scratch: Path, out: Path
-) -> None:
+def _write(python: str, origin: list[str], dtype: torch.dtype, precisions: list[str], scratch: Path, out: Path) -> None:
     """Run the child for one dtype of weights and put what an artifact needs of it into `out`, a folder for each storage."""
     plain, int8 = scratch / "plain", scratch / "int8"
     command = [python, "-I", str(CHILD), *origin, "--dtype", _name(dtype), "--plain", str(plain)]
@@ -124,7 +122,8 @@ def _run(command: list[str]) -> None:
     logger.error("what optimum-intel said:\n%s", result.stdout)
     if result.returncode < 0:
         raise ExportError(
-            f"optimum-intel was ended by signal {-result.returncode}; {_LOADED_WHOLE}, and 9 is mostly want of memory"
+            f"optimum-intel was ended by signal {-result.returncode} (9: most likely for want of memory, of which it takes "
+            "about 5 GB beside the checkpoint)"
         )
     last = next((line for line in reversed(result.stdout.splitlines()) if line.strip()), "it said nothing")
     raise ExportError(f"optimum-intel failed in {command[0]}: {last.strip()}")

@@ -1,7 +1,7 @@
 """The half of `--via optimum` that runs in optimum-intel's environment, as a script: `python -I optimum_child.py --help`.
 
 It writes what `optimum-cli export openvino` writes of a Qwen2.5-VL, but only the two vision graphs. optimum needs the whole
-model object for them, so a hub id is downloaded whole, and the language model is loaded (memory-mapped) with the rest.
+model object for them, so a hub id is downloaded whole; of a directory, the language model is mapped but hardly read.
 
 Nothing of this project is imported: that environment does not have it. It is run with -I, because a script's own directory
 comes first on the module path and this one holds a torch.py.
@@ -46,8 +46,8 @@ def write_plain(model: str, dtype: str, out: Path) -> None:
     from optimum.intel import OVConfig
 
     Qwen2_5_VLOpenVINOConfig.SUPPORTED_BEHAVIORS = _BEHAVIORS
-    # torch.jit's check traces the tower three times over and holds every activation: 17 GB at real size, 9 GB without it. Our
-    # own measurement of the finished graphs checks more.
+    # torch.jit's check runs the traced tower again and again and holds every activation: 17 GB at real size, 5 GB without it.
+    # Our own measurement of the finished graphs checks more.
     utils.SKIP_CHECK_TRACE_MODELS = (*utils.SKIP_CHECK_TRACE_MODELS, *_MODEL_TYPES)
     main_export(
         model,

@@ -170,9 +170,7 @@ def _fill(job: Job, checkpoint: Checkpoint, write: Write, directory: Path, conso
     )
 
 
-def _measure(
-    checkpoint: Checkpoint, variants: list[Variant], directory: Path, stage: StageOpener
-) -> list[Variant]:
+def _measure(checkpoint: Checkpoint, variants: list[Variant], directory: Path, stage: StageOpener) -> list[Variant]:
     pictures = list(samples(checkpoint.tower, checkpoint.pixels))
     with stage("float32 reference", checkpoint.tower.depth) as advance:
         references = reference_embeddings(checkpoint, pictures, advance)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -51,14 +54,27 @@ def example_run(spec: TowerSpec) -> Example:
     return Example((patches, *(torch.from_numpy(array.copy()) for array in plan.tower_inputs.values())))
 
 
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Tracers and converters warn of their own internals and log every step; who exports wants the progress bar."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
 def exported_program(tower: Tower, example: Example) -> torch.export.ExportedProgram:
     """Trace the tower symbolically: no weight is read or widened, so it costs the same at every size."""
     shapes = tuple(
         {place: torch.export.Dim.DYNAMIC for place, axis in enumerate(AXES[name]) if axis is not None}
         for name in INPUT_NAMES
     )
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # torch.export's use of its own pytree
+    with torch.no_grad(), quiet():
         return torch.export.export(
             tower, example.inputs, dynamic_shapes=shapes, strict=False, prefer_deferred_runtime_asserts_over_guards=True
         )

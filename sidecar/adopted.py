@@ -108,7 +108,7 @@ def read_ir(xml: Path) -> IrFacts:
                 for package in element:
                     name = package.tag.removesuffix("_version").replace("_", "-")
                     versions[name] = package.get("value", "")
-    except (ElementTree.ParseError, ValueError) as error:
+    except (ElementTree.ParseError, ValueError, OSError) as error:
         raise ArtifactError(f"{xml.name} is no OpenVINO graph: {error}") from None
     weights = [(size, kind) for kind, size in weight_bytes.items() if kind not in _INDEX_TYPES]
     if not weights:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 
 from sidecar.runtimes.base import Load, Runtime, RuntimeFault
 
@@ -27,7 +28,7 @@ def load_runtime(name: str, load: Load) -> Runtime:
         raise RuntimeFault(f"there is no runtime {name!r}; there are {', '.join(RUNTIME_NAMES)}")
     module, class_name, extra = _RUNTIMES[name]
     try:
-        runtime: type[Runtime] = getattr(importlib.import_module(module), class_name)
+        runtime: Callable[[Load], Runtime] = getattr(importlib.import_module(module), class_name)
     except ModuleNotFoundError as error:
         hint = f"; install this package with the extra [{extra}]" if extra else ""
         raise RuntimeFault(f"the {name} runtime needs {error.name}, which is not installed{hint}") from error

@@ -18,7 +18,7 @@ import numpy.typing as npt
 import openvino as ov
 
 from sidecar.runtimes.base import Load, Runtime, RuntimeFault
-from sidecar.runtimes.openvino import _OUTPUT_TYPE, compile_options, describe_device, openvino_device, shared_output
+from sidecar.runtimes.openvino import OUTPUT_TYPE, compile_options, describe_device, openvino_device, shared_output
 from sidecar.vision.dtypes import Array
 from sidecar.vision.grid import Grid
 from sidecar.vision.spec import PixelSpec, TowerSpec
@@ -55,7 +55,7 @@ class OptimumRuntime(Runtime):
             embeddings, merger = core.read_model(load.graph.with_name(EMBEDDINGS)), core.read_model(load.graph)
             _check(embeddings, merger, load.tower)
             steps = ov.preprocess.PrePostProcessor(merger)
-            steps.output().tensor().set_element_type(_OUTPUT_TYPE[load.output_dtype])
+            steps.output().tensor().set_element_type(OUTPUT_TYPE[load.output_dtype])
             compiled = core.compile_model(steps.build(), device, options)
             self._embed = core.compile_model(embeddings, device, options).create_infer_request()
             self._merge = compiled.create_infer_request()

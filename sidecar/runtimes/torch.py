@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from sidecar.runtimes.base import Load, Runtime, RuntimeFault
@@ -41,7 +42,7 @@ class TorchRuntime(Runtime):
             tower.load_state_dict(weights, assign=True)
             tower.patch_embed.set_normalisation(load.pixels)
             self._tower = tower.to(device).eval()
-        except (RuntimeError, KeyError, OSError) as error:
+        except (RuntimeError, KeyError, OSError, SafetensorError) as error:
             raise RuntimeFault(f"torch could not load {load.graph.name} on {load.device}: {error}") from error
         if load.threads and device.type == "cpu":
             torch.set_num_threads(load.threads)

@@ -56,15 +56,15 @@ def theirs(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     """Sealed, by optimum-intel."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(PYTHON_VARIABLE, environment() or "")
-        job = Job(model=str(toy), out=tmp_path_factory.mktemp("theirs") / "artifact", precisions=("f32", "bf16", "int8"))
+        job = Job(
+            model=str(toy), out=tmp_path_factory.mktemp("theirs") / "artifact", precisions=("f32", "bf16", "int8")
+        )
         return export_via_optimum(job, quiet())
 
 
 @pytest.fixture(scope="module")
 def ours(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    return export(
-        Job(model=str(toy), out=tmp_path_factory.mktemp("ours") / "artifact", precisions=("f32",)), quiet()
-    )
+    return export(Job(model=str(toy), out=tmp_path_factory.mktemp("ours") / "artifact", precisions=("f32",)), quiet())
 
 
 @pytest.fixture(scope="module")
@@ -81,9 +81,7 @@ def unsealed(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def pictures() -> list[Sample]:
     random = np.random.default_rng(5)
-    return [
-        Sample(str(grid), Patches(random.integers(0, 256, (grid.patches, 1176), np.uint8), grid)) for grid in GRIDS
-    ]
+    return [Sample(str(grid), Patches(random.integers(0, 256, (grid.patches, 1176), np.uint8), grid)) for grid in GRIDS]
 
 
 @pytest.fixture(scope="module")
@@ -150,9 +148,7 @@ def test_narrow_precisions_keep_every_row(
 ) -> None:
     runtime = load(theirs, precision, DType.BFLOAT16)
     for picture, expected in zip(pictures, references, strict=True):
-        rows = to_float32(
-            runtime.encode(picture.patches.values, [picture.grid], theirs.manifest.tower), DType.BFLOAT16
-        )
+        rows = to_float32(runtime.encode(picture.patches.values, [picture.grid], theirs.manifest.tower), DType.BFLOAT16)
         assert row_cosine(rows, expected).min() > bar, picture.name
 
 
@@ -197,7 +193,10 @@ def test_other_formats_are_not_optimum_s(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("script", "said"),
-    [("echo chatter; echo 'ValueError: too new' >&2; exit 1", "ValueError: too new"), ("kill -9 $$", "signal 9.*memory")],
+    [
+        ("echo chatter; echo 'ValueError: too new' >&2; exit 1", "ValueError: too new"),
+        ("kill -9 $$", "signal 9.*memory"),
+    ],
 )
 def test_a_failure_in_the_other_environment_is_told_and_leaves_nothing(
     toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, said: str

@@ -30,7 +30,9 @@ TOWER = TowerSpec(
     depth=2, hidden_size=32, num_heads=2, intermediate_size=48, out_hidden_size=64, fullatt_block_indexes=(1,)
 )
 SPEC = PixelSpec()
-PHOTOS = {path.stem: decode_image(path.read_bytes()) for path in (Path(__file__).parents[2] / "export/photos").glob("*-*")}
+PHOTOS = {
+    path.stem: decode_image(path.read_bytes()) for path in (Path(__file__).parents[2] / "export/photos").glob("*-*")
+}
 RAW = {"do_rescale": False, "do_normalize": False, "return_tensors": "np"}
 
 
