@@ -26,7 +26,7 @@ MANIFEST = "manifest.json"
 SEAL = "manifest.json.sha256"
 
 _BLOCK_BYTES = 1 << 22
-_SEAL_LINE = re.compile(rb"([0-9a-f]{64})  " + re.escape(MANIFEST.encode()) + rb"\s*")
+_SEAL_LINE = re.compile(rb"([0-9a-f]{64}) [ *]" + re.escape(MANIFEST.encode()) + rb"\s*")
 
 
 class ArtifactError(ValueError):
@@ -228,7 +228,7 @@ def open_artifact(directory: Path) -> Artifact:
     """Read a manifest whose seal holds. The graphs are checked by `Artifact.verify`.
 
     Raises:
-        ArtifactError: if it is absent, changed, unreadable or of a newer schema.
+        ArtifactError: if it is absent, changed, unreadable or of another schema.
     """
     manifest_path, seal_path = directory / MANIFEST, directory / SEAL
     if not manifest_path.is_file():
@@ -272,5 +272,7 @@ def open_artifact(directory: Path) -> Artifact:
             raise ArtifactError(f"{MANIFEST} names a file outside the artifact: {name}")
     for variant in manifest.variants:
         if variant.graph not in variant.files:
-            raise ArtifactError(f"{MANIFEST} does not list {variant.graph}, the graph of {variant.name}, among its files")
+            raise ArtifactError(
+                f"{MANIFEST} does not list {variant.graph}, the graph of {variant.name}, among its files"
+            )
     return Artifact(directory, manifest, hashes)

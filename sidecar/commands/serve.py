@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import asyncio
 import logging
+import os
 import sys
 
 from sidecar.artifact import ArtifactError
+from sidecar.commands import BAD_ARGUMENTS, FAILED, print_error
 from sidecar.runtimes.base import RuntimeFault
 from sidecar.settings import Settings, SettingsError
 
@@ -19,9 +21,10 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def run(options: argparse.Namespace) -> int:
-    """Serve until told to stop. 0 after a drain, 2 if the settings, the artifact or an address will not do."""
+    """Serve until told to stop. 0 after a drain, 1 if a run outlasted it, 2 if the settings, the artifact or an
+    address will not do."""
     # The other commands import neither the engine nor a runtime.
-    from sidecar.server.app import BindError, serve
+    from sidecar.server.app import serve
 
     try:
         settings = Settings.from_sources(vars(options))
@@ -30,8 +33,12 @@ def run(options: argparse.Namespace) -> int:
             format="%(asctime)s %(levelname)s %(name)s: %(message)s",
             stream=sys.stderr,
         )
-        asyncio.run(serve(settings))
-    except (ArtifactError, BindError, RuntimeFault, SettingsError) as error:
-        print(f"sidecar serve: {error}", file=sys.stderr)
-        return 2
+        drained = asyncio.run(serve(settings))
+    except (ArtifactError, OSError, RuntimeFault, SettingsError) as error:
+        print_error(f"sidecar serve: {error}")
+        return BAD_ARGUMENTS
+    if not drained:
+        # A run cannot be stopped, and a runtime that is torn down under one may crash the process or keep it for minutes.
+        logging.shutdown()
+        os._exit(FAILED)
     return 0

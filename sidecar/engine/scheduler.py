@@ -30,7 +30,7 @@ class Scheduler:
         if waiting and waiting + cost > self._max_queue_patches:
             raise Overloaded(
                 f"{waiting} patches are waiting, this item has {cost}, the limit is {self._max_queue_patches}",
-                retry_after_s=self._ms_per_patch * cost / 1e3,
+                retry_after_s=self._retry_after_s(waiting, cost),
             )
         lane = min(self.lanes, key=self._waiting.__getitem__)
         self._waiting[lane] += cost
@@ -41,6 +41,12 @@ class Scheduler:
         self._ms_per_patch = encoded.run_ms / cost
         return encoded
 
-    def close(self) -> None:
-        for lane in self.lanes:
-            lane.close()
+    def _retry_after_s(self, waiting: int, cost: int) -> float:
+        """Until enough of what is waiting has run, at the speed of the last run."""
+        excess = min(waiting, waiting + cost - self._max_queue_patches)
+        return self._ms_per_patch * excess / len(self.lanes) / 1e3
+
+    def close(self, timeout_s: float | None = None) -> bool:
+        """Finish what is queued on every lane; see `Lane.close`."""
+        closed = [lane.close(timeout_s) for lane in self.lanes]
+        return all(closed)

@@ -11,59 +11,61 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from sidecar.engine.scheduler import Scheduler
-from sidecar.pb import encoder_pb2, encoder_pb2_grpc
+from sidecar.server import health
 from sidecar.server.loading import choose_variant, load_lane, open_for
-from sidecar.server.service import EncoderService
+from sidecar.server.service import SERVICE, EncoderService
 from sidecar.settings import Settings
 
 logger = logging.getLogger(__name__)
 
-SERVICE = encoder_pb2.DESCRIPTOR.services_by_name["Encoder"].full_name
+# How long a run may go on once its callers have been sent away.
+_LAST_RUN_S = 1.0
 
 
 class BindError(OSError):
     """An address cannot be listened on."""
 
 
-async def serve(settings: Settings) -> None:
+async def serve(settings: Settings) -> bool:
     """Serve until SIGTERM or SIGINT, then finish what was accepted.
+
+    Returns:
+        Whether all of it was finished in time; if not, a run that nothing can stop may still be going on.
 
     Raises:
         ArtifactError, RuntimeFault, BindError: if the server cannot start.
     """
     started = time.perf_counter()
-    artifact = open_for(settings)
-    variant = choose_variant(artifact, settings)
-    lane = await asyncio.to_thread(load_lane, artifact, variant, settings)
-    scheduler = Scheduler([lane], settings.max_queue_patches)
-    preprocessing = ThreadPoolExecutor(settings.preprocess_threads, thread_name_prefix="preprocess")
-    server = grpc.aio.server(options=_options(settings))
-    encoder_pb2_grpc.add_EncoderServicer_to_server(
-        EncoderService(artifact.manifest, variant, scheduler, preprocessing, settings), server
-    )
-    health_service = health.aio.HealthServicer()
-    health_pb2_grpc.add_HealthServicer_to_server(health_service, server)
-    reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
-    addresses = [_bind(server, address) for address in settings.listen]
-    await server.start()
-    for name in ("", SERVICE):
-        await health_service.set(name, health_pb2.HealthCheckResponse.SERVING)
-    logger.info("ready on %s after %.1f s", ", ".join(addresses), time.perf_counter() - started)
-
     stopping = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
+    artifact = open_for(settings)
+    variant = choose_variant(artifact, settings)
+    server = grpc.aio.server(options=_options(settings))
+    # Before the graph is loaded, which may take a minute: an address in use shows at once.
+    addresses = [_bind(server, address) for address in settings.listen]
+    lane = await asyncio.to_thread(load_lane, artifact, variant, settings)
+    scheduler = Scheduler([lane], settings.max_queue_patches)
+    preprocessing = ThreadPoolExecutor(settings.preprocess_threads, thread_name_prefix="preprocess")
+    EncoderService(artifact.manifest, variant, scheduler, preprocessing, settings).add_to(server)
+    health_service = health.HealthService([SERVICE])
+    health_pb2_grpc.add_HealthServicer_to_server(health_service, server)
+    reflection.enable_server_reflection((SERVICE, health.SERVICE, reflection.SERVICE_NAME), server)
+    await server.start()
+    logger.info("ready on %s after %.1f s", ", ".join(addresses), time.perf_counter() - started)
+
     await stopping.wait()
-    logger.info("draining for at most %.0f s", settings.drain_seconds)
-    await health_service.enter_graceful_shutdown()
+    logger.info("draining for at most %g s", settings.drain_seconds)
+    health_service.drain()
     await server.stop(settings.drain_seconds)
     preprocessing.shutdown(wait=False, cancel_futures=True)
-    await asyncio.to_thread(scheduler.close)
-    logger.info("stopped")
+    drained = await asyncio.to_thread(scheduler.close, _LAST_RUN_S)
+    logger.info("stopped" if drained else "stopped with a run still going on; its callers were told to go elsewhere")
+    return drained
 
 
 def _options(settings: Settings) -> list[tuple[str, int]]:
@@ -84,8 +86,11 @@ def _bind(server: grpc.aio.Server, address: str) -> str:
     try:
         port = server.add_insecure_port(address)
     except RuntimeError as error:
-        raise BindError(f"cannot listen on {address}; is it in use, or not an address of this machine?") from error
-    if address.startswith("unix:"):
+        reason = "it is in use, or not an address of this machine"
+        if address.startswith("unix:"):
+            reason = "a file is in its place, its directory does not exist, or its path has over 107 bytes"
+        raise BindError(f"cannot listen on {address}: {reason}") from error
+    if address.startswith(("unix:", "unix-abstract:")):
         return address
     return f"{address.rpartition(':')[0]}:{port}"
 

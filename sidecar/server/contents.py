@@ -5,6 +5,7 @@ What a field means is what the message says; nothing is guessed from lengths or 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,8 +15,16 @@ from sidecar.errors import InvalidItem, TooLarge
 from sidecar.pb import encoder_pb2
 from sidecar.vision.dtypes import DType
 from sidecar.vision.grid import Grid
-from sidecar.vision.images import MAX_IMAGE_PIXELS, decode_image
-from sidecar.vision.pixels import Patches, given_patches, image_grid, image_patches, video_grid, video_patches
+from sidecar.vision.images import decode_image
+from sidecar.vision.pixels import (
+    MAX_IMAGE_PIXELS,
+    Patches,
+    given_patches,
+    image_grid,
+    image_patches,
+    video_grid,
+    video_patches,
+)
 from sidecar.vision.spec import PixelSpec, TowerSpec
 
 _DTYPES = {
@@ -25,6 +34,10 @@ _DTYPES = {
     encoder_pb2.BFLOAT16: DType.BFLOAT16,
 }
 _CONTENTS = "image, rgb_image, rgb_video or patches"
+_SCALES = (encoder_pb2.Patches.PIXELS, encoder_pb2.Patches.NORMALISED)
+
+# The key comes back beside the embedding, in one message that must stay under gRPC's default limit of 4 MB.
+MAX_KEY_BYTES = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +56,8 @@ class Preprocessor:
             InvalidItem: if the message contradicts itself or is over a limit.
             PixelError, GridError: if its content cannot be encoded.
         """
+        if (length := len(item.key.encode())) > MAX_KEY_BYTES:
+            raise InvalidItem(f"the key has {length} bytes; at most {MAX_KEY_BYTES} are taken, send a hash instead")
         kind = item.WhichOneof("content")
         if kind is None:
             raise InvalidItem(f"the item has no content: set one of {_CONTENTS}")
@@ -50,25 +65,26 @@ class Preprocessor:
             if item.min_pixels or item.max_pixels:
                 raise InvalidItem("min_pixels and max_pixels do not apply to patches, which are resized already")
             return self._given(item.patches)
-        bounds = {"min_pixels": item.min_pixels or None, "max_pixels": item.max_pixels or None}
+        model = (self.tower, self.pixels, item.min_pixels or None, item.max_pixels or None)
         if kind == "rgb_video":
             video = item.rgb_video
             self._check_size(video.frames, video.height, video.width)
             frames = _pixels(video.data, (video.frames, video.height, video.width))
-            self._check_grid(video_grid(*frames.shape[:3], self.tower, self.pixels, **bounds))
-            return video_patches(frames, self.tower, self.pixels, **bounds)
+            self._check_grid(video_grid(video.frames, video.height, video.width, *model))
+            return video_patches(frames, *model)
         if kind == "image":
             rgb = decode_image(item.image, max_image_pixels=min(self.max_image_pixels, MAX_IMAGE_PIXELS))
         else:
             self._check_size(1, item.rgb_image.height, item.rgb_image.width)
             rgb = _pixels(item.rgb_image.data, (item.rgb_image.height, item.rgb_image.width))
-        self._check_grid(image_grid(*rgb.shape[:2], self.tower, self.pixels, **bounds))
-        return image_patches(rgb, self.tower, self.pixels, **bounds)
+        height, width, _ = rgb.shape
+        self._check_grid(image_grid(height, width, *model))
+        return image_patches(rgb, *model)
 
     def _given(self, patches: encoder_pb2.Patches) -> Patches:
         grid = Grid(patches.grid.t, patches.grid.h, patches.grid.w).check(self.tower)
         self._check_grid(grid)
-        if patches.scale == encoder_pb2.Patches.SCALE_UNSPECIFIED:
+        if patches.scale not in _SCALES:
             raise InvalidItem("patches.scale must say PIXELS (0…255) or NORMALISED; it is never guessed")
         dtype = _DTYPES.get(patches.dtype)
         if dtype is None:
@@ -91,7 +107,9 @@ class Preprocessor:
 
     def _check_size(self, frames: int, height: int, width: int) -> None:
         if height * width > self.max_image_pixels:
-            raise TooLarge(f"a picture of {width}×{height} pixels is over this server's limit of {self.max_image_pixels}")
+            raise TooLarge(
+                f"a picture of {width}×{height} pixels is over this server's limit of {self.max_image_pixels}"
+            )
         if frames * height * width == 0:
             raise InvalidItem(f"a picture must have an area, got {frames} frames of {width}×{height} pixels")
 
@@ -103,7 +121,7 @@ class Preprocessor:
 
 
 def _pixels(data: bytes, shape: tuple[int, ...]) -> npt.NDArray[np.uint8]:
-    expected = int(np.prod(shape, dtype=np.int64)) * 3
+    expected = math.prod(shape) * 3
     if len(data) != expected:
         raise InvalidItem(f"RGB data must be {expected} bytes for {'×'.join(map(str, shape))}×3, got {len(data)}")
     return np.frombuffer(data, np.uint8).reshape(*shape, 3)

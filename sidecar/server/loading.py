@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 from sidecar.adopted import adopt_optimum, is_optimum_directory
 from sidecar.artifact import MANIFEST, Artifact, ArtifactError, Variant, open_artifact
@@ -51,9 +53,13 @@ def choose_variant(artifact: Artifact, settings: Settings) -> Variant:
     variant = artifact.manifest.variant(runtime, precision)
     if not settings.allow_below_bar:
         if variant.accuracy is None and not settings.allow_unsealed:
-            raise ArtifactError(f"the accuracy of {variant.name} was never measured; --allow-below-bar serves it all the same")
+            raise ArtifactError(
+                f"the accuracy of {variant.name} was never measured; --allow-below-bar serves it all the same"
+            )
         if variant.accuracy is not None and not variant.accuracy.passed:
-            raise ArtifactError(f"{variant.name}: {variant.accuracy.shortfall()}; --allow-below-bar serves it all the same")
+            raise ArtifactError(
+                f"{variant.name}: {variant.accuracy.shortfall()}; --allow-below-bar serves it all the same"
+            )
     return variant
 
 
@@ -69,8 +75,6 @@ def load_lane(artifact: Artifact, variant: Variant, settings: Settings) -> Lane:
     missing = [name for name in variant.files if not artifact.path(name).is_file()]
     if missing:
         raise ArtifactError(f"{', '.join(missing)} is missing; export the artifact again or copy it whole")
-    if settings.cache_dir is not None:
-        settings.cache_dir.mkdir(parents=True, exist_ok=True)
     load = Load(
         graph=artifact.path(variant.graph),
         precision=variant.precision,
@@ -79,7 +83,7 @@ def load_lane(artifact: Artifact, variant: Variant, settings: Settings) -> Lane:
         output_dtype=dtype,
         device=settings.device,
         threads=settings.threads,
-        cache_dir=settings.cache_dir,
+        cache_dir=_writable(settings.cache_dir),
     )
     started = time.perf_counter()
     with ThreadPoolExecutor(1) as verifying:
@@ -102,3 +106,18 @@ def load_lane(artifact: Artifact, variant: Variant, settings: Settings) -> Lane:
         time.perf_counter() - started,
     )
     return lane
+
+
+def _writable(cache_dir: Path | None) -> Path | None:
+    """The directory, or None where nothing can be kept in it: that costs time at every start, and nothing else."""
+    if cache_dir is None:
+        return None
+    try:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        if os.access(cache_dir, os.W_OK | os.X_OK):
+            return cache_dir
+        reason = "it may not be written to"
+    except OSError as error:
+        reason = error.strerror or "it cannot be made"
+    logger.warning("compiled models are not kept: --cache-dir %s: %s", cache_dir, reason)
+    return None

@@ -18,14 +18,17 @@ from sidecar.artifact import Accuracy, Manifest, Variant
 from sidecar.engine.keys import content_key
 from sidecar.engine.lane import Encoded, Lane
 from sidecar.engine.scheduler import Scheduler
-from sidecar.errors import EncoderError, Fault, InvalidRequest, fault_of
-from sidecar.pb import encoder_pb2, encoder_pb2_grpc
+from sidecar.errors import EncoderError, Fault, fault_of
+from sidecar.pb import encoder_pb2
 from sidecar.server.contents import Preprocessor
+from sidecar.server.requests import parse_request
 from sidecar.settings import Settings
 from sidecar.vision.dtypes import DType
 from sidecar.vision.pixels import Patches
 
 logger = logging.getLogger(__name__)
+
+SERVICE = encoder_pb2.DESCRIPTOR.services_by_name["Encoder"].full_name
 
 # Well under gRPC's default limit of 4 MB on what a client receives, large enough that framing costs nothing.
 CHUNK_BYTES = 1 << 20
@@ -36,7 +39,8 @@ _WIRE_DTYPE = {
     DType.BFLOAT16: encoder_pb2.BFLOAT16,
 }
 
-Context = grpc.aio.ServicerContext[encoder_pb2.EncodeRequest, encoder_pb2.EncodeResponse]
+InfoContext = grpc.aio.ServicerContext[encoder_pb2.InfoRequest, encoder_pb2.InfoResponse]
+EncodeContext = grpc.aio.ServicerContext[bytes, encoder_pb2.EncodeResponse]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +51,7 @@ class _Answer:
     outcome: tuple[encoder_pb2.Embedding, Encoded] | Fault
 
 
-class EncoderService(encoder_pb2_grpc.EncoderServicer):
+class EncoderService:
     """Takes requests apart into items, and puts the answers together."""
 
     def __init__(
@@ -67,7 +71,20 @@ class EncoderService(encoder_pb2_grpc.EncoderServicer):
             manifest.tower, manifest.pixels, settings.max_image_pixels, settings.max_item_patches
         )
 
-    async def Info(self, request: encoder_pb2.InfoRequest, context: Context) -> encoder_pb2.InfoResponse:
+    def add_to(self, server: grpc.aio.Server) -> None:
+        """Register the methods, as generated code would, but for `Encode` taking a request's bytes (see `requests`)."""
+        info = grpc.unary_unary_rpc_method_handler(
+            self.Info,
+            request_deserializer=encoder_pb2.InfoRequest.FromString,
+            response_serializer=encoder_pb2.InfoResponse.SerializeToString,
+        )
+        encode = grpc.unary_stream_rpc_method_handler(
+            self.Encode, response_serializer=encoder_pb2.EncodeResponse.SerializeToString
+        )
+        handlers = {"Info": info, "Encode": encode}
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
+
+    async def Info(self, request: encoder_pb2.InfoRequest, context: InfoContext) -> encoder_pb2.InfoResponse:
         manifest, settings = self._manifest, self._settings
         tower, pixels = manifest.tower, manifest.pixels
         lanes = self._scheduler.lanes
@@ -100,15 +117,14 @@ class EncoderService(encoder_pb2_grpc.EncoderServicer):
             accuracy=[_accuracy(self._variant, self._variant.accuracy)] if self._variant.accuracy else [],
         )
 
-    async def Encode(
-        self, request: encoder_pb2.EncodeRequest, context: Context
-    ) -> AsyncIterator[encoder_pb2.EncodeResponse]:
-        try:
-            self._check(request)
-        except EncoderError as error:
-            await context.abort_with_status(rpc_status.to_status(fault_of(error).status()))
+    async def Encode(self, message: bytes, context: EncodeContext) -> AsyncIterator[encoder_pb2.EncodeResponse]:
         started = time.perf_counter()
-        failed = 0
+        try:
+            request = parse_request(message, self._settings.max_items)
+        except EncoderError as error:
+            status = rpc_status.to_status(fault_of(error).status())
+            await context.abort_with_status(status)  # type: ignore[attr-defined]  # grpc-stubs lacks it
+        answered = failed = 0
         tasks = [asyncio.create_task(self._answer(index, item)) for index, item in enumerate(request.items)]
         try:
             for finished in asyncio.as_completed(tasks):
@@ -116,21 +132,13 @@ class EncoderService(encoder_pb2_grpc.EncoderServicer):
                 failed += isinstance(answer.outcome, Fault)
                 for part in _parts(answer):
                     yield part
+                answered += 1
         finally:
             # The caller has gone, or everything is answered: nothing of this request may still run.
             for task in tasks:
                 task.cancel()
-            logger.info(
-                "encode items=%d failed=%d ms=%.1f", len(tasks), failed, (time.perf_counter() - started) * 1e3
-            )
-
-    def _check(self, request: encoder_pb2.EncodeRequest) -> None:
-        if not request.items:
-            raise InvalidRequest("the request has no items; send at least one")
-        if len(request.items) > self._settings.max_items:
-            raise InvalidRequest(
-                f"the request has {len(request.items)} items, this server takes {self._settings.max_items} at once"
-            )
+            took_ms = (time.perf_counter() - started) * 1e3
+            logger.info("encode items=%d answered=%d failed=%d ms=%.1f", len(tasks), answered, failed, took_ms)
 
     async def _answer(self, index: int, item: encoder_pb2.Item) -> _Answer:
         try:
@@ -148,9 +156,7 @@ class EncoderService(encoder_pb2_grpc.EncoderServicer):
         preprocess_ms = (time.perf_counter() - started) * 1e3
         encoded = await self._scheduler.encode(patches)
         tokens, width = encoded.rows.shape
-        times = encoder_pb2.StageTimes(
-            preprocess_ms=preprocess_ms, queue_ms=encoded.queue_ms, run_ms=encoded.run_ms
-        )
+        times = encoder_pb2.StageTimes(preprocess_ms=preprocess_ms, queue_ms=encoded.queue_ms, run_ms=encoded.run_ms)
         embedding = encoder_pb2.Embedding(
             key=key,
             grid=encoder_pb2.Grid(**patches.grid._asdict()),

@@ -1,0 +1,47 @@
+"""grpc.health.v1: SERVING from the first answer on, since a server starts only when it is warm; NOT_SERVING once it drains.
+
+gRPC's own servicer never ends the streams of `Watch`, so each of them would hold up every drain until its time is over.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterable
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
+
+SERVICE = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
+
+_Context = grpc.aio.ServicerContext[HealthCheckRequest, HealthCheckResponse]
+
+
+class HealthService(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # generated without annotations
+    """The health of the server as a whole, under "" and under the name of each of its services."""
+
+    def __init__(self, services: Iterable[str]) -> None:
+        self._services = frozenset(("", *services))
+        self._draining = asyncio.Event()
+
+    def drain(self) -> None:
+        """Answer NOT_SERVING from now on, tell the watchers, and let them go."""
+        self._draining.set()
+
+    async def Check(self, request: HealthCheckRequest, context: _Context) -> HealthCheckResponse:
+        if request.service not in self._services:
+            known = ", ".join(repr(name) for name in sorted(self._services))
+            await context.abort(grpc.StatusCode.NOT_FOUND, f"there is no such service here; there are {known}")
+        return self._health(request.service)
+
+    async def Watch(self, request: HealthCheckRequest, context: _Context) -> AsyncIterator[HealthCheckResponse]:
+        yield self._health(request.service)
+        if not self._draining.is_set():
+            await self._draining.wait()
+            yield self._health(request.service)
+
+    def _health(self, service: str) -> HealthCheckResponse:
+        if service not in self._services:
+            return HealthCheckResponse(status=HealthCheckResponse.SERVICE_UNKNOWN)
+        status = HealthCheckResponse.NOT_SERVING if self._draining.is_set() else HealthCheckResponse.SERVING
+        return HealthCheckResponse(status=status)

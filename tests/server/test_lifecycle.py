@@ -1,0 +1,215 @@
+"""A server's life: what it takes to start, and how it ends without losing what it accepted."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from pictures import encoded, picture
+from servers import Server, spawn
+
+from sidecar.client import Embedding, EncodeError, EncoderClient, ItemError, Result
+from sidecar.items import image_item, rgb_image_item
+from sidecar.pb import encoder_pb2 as pb
+from sidecar.pb import encoder_pb2_grpc
+from sidecar.vision.dtypes import DType
+
+SMALL = image_item(encoded(picture(56, 56)))
+SLOW = rgb_image_item(picture(28 * 32, 28 * 32))  # 4096 patches: half a second or more
+SLOWER = rgb_image_item(picture(28 * 64, 28 * 64))  # 16384 patches: several seconds
+
+StartServer = Callable[..., Server]
+
+
+@pytest.fixture
+def background() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(8) as pool:
+        yield pool
+
+
+def refused_start(artifact: Path, directory: Path, listen: str, *flags: str) -> str:
+    """The log of a server that ends with code 2 instead of serving."""
+    process, log = spawn(artifact, directory, *flags, listen=listen)
+    assert process.wait(30) == 2, log.read_text()
+    return log.read_text()
+
+
+def accepted(server: Server, work: Future[list[Result]]) -> None:
+    """Return once a call that was just made is being worked on."""
+    # The log says nothing of calls under way, so look at what they cost: the process is busy.
+    stat = Path(f"/proc/{server.process.pid}/stat")
+
+    def ticks() -> int:
+        fields = stat.read_text().rpartition(")")[2].split()
+        return int(fields[11]) + int(fields[12])
+
+    before, ends = ticks(), time.monotonic() + 20
+    while ticks() < before + 10:  # a tenth of a second of processor time
+        assert not work.done() and time.monotonic() < ends, "the call was to take longer"
+        time.sleep(0.01)
+
+
+def test_a_port_in_use_is_told_before_anything_is_loaded(server: Server, toy_artifact: Path, tmp_path: Path) -> None:
+    log = refused_start(toy_artifact, tmp_path, server.address)
+    assert log == (
+        f"sidecar serve: cannot listen on {server.address}: it is in use, or not an address of this machine\n"
+    )
+    with server.client() as client:
+        assert isinstance(client.encode([SMALL])[0], Embedding)
+
+
+def test_the_socket_of_a_living_server_is_not_taken(server: Server, toy_artifact: Path, tmp_path: Path) -> None:
+    log = refused_start(toy_artifact, tmp_path, f"unix:{server.socket}")
+    assert log == f"sidecar serve: another server is listening on unix:{server.socket}\n"
+    with EncoderClient(f"unix:{server.socket}") as client:
+        assert client.info(timeout_s=10)
+
+
+def test_an_address_that_cannot_be_is_refused(toy_artifact: Path, tmp_path: Path) -> None:
+    log = refused_start(toy_artifact, tmp_path, f"unix:{tmp_path}/missing/sock")
+    assert "its directory does not exist" in log and log.count("\n") == 1
+
+
+def test_a_socket_file_that_a_killed_server_left_is_replaced(start_server: StartServer, tmp_path: Path) -> None:
+    left = tmp_path / "sock"
+    with socket.socket(socket.AF_UNIX) as killed:
+        killed.bind(str(left))
+    assert left.is_socket()  # and nobody listens
+    server = start_server("--listen", f"127.0.0.1:0,unix:{left}")
+    with EncoderClient(f"unix:{left}") as client:
+        assert isinstance(client.encode([SMALL], timeout_s=20)[0], Embedding)
+    assert server.terminate() == 0
+    assert not left.exists()
+
+
+def test_sigterm_finishes_what_was_accepted(start_server: StartServer, background: ThreadPoolExecutor) -> None:
+    server = start_server("--threads", "1")
+    with server.client() as client:
+        work = background.submit(client.encode, [SLOW, SLOW, SMALL], 60)
+        accepted(server, work)
+        assert server.terminate() == 0
+        assert [type(result) for result in work.result(5)] == [Embedding] * 3
+        with pytest.raises(EncodeError, match="UNAVAILABLE"):
+            client.encode([SMALL], timeout_s=2)
+    assert server.log.read_text().endswith("stopped\n")
+
+
+def test_sigterm_while_it_loads_is_a_clean_end(toy_artifact: Path, tmp_path: Path) -> None:
+    """The first process of a container does not die of a signal that it does not handle."""
+    process, log = spawn(toy_artifact, tmp_path, listen=f"unix:{tmp_path / 'sock'}")
+    ends = time.monotonic() + 30
+    while not (tmp_path / "sock").exists():
+        assert process.poll() is None and time.monotonic() < ends, log.read_text()
+        time.sleep(0.005)
+    assert "ready" not in log.read_text()
+    process.terminate()
+    assert process.wait(30) == 0, log.read_text()
+
+
+def test_a_health_watcher_is_told_and_does_not_hold_up_the_end(start_server: StartServer) -> None:
+    server = start_server("--drain-seconds", "20")
+    with server.channel() as channel:
+        watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(service=""))
+        assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
+        started = time.monotonic()
+        assert server.terminate() == 0
+        assert time.monotonic() - started < 5
+        assert [answer.status for answer in watch] == [health_pb2.HealthCheckResponse.NOT_SERVING]
+
+
+def test_a_drain_ends_when_its_time_is_over(start_server: StartServer, background: ThreadPoolExecutor) -> None:
+    server = start_server("--drain-seconds", "0.2", "--threads", "1")
+    with server.client() as client:
+        work = background.submit(client.encode, [SLOWER, SLOWER], 60)
+        accepted(server, work)
+        started = time.monotonic()
+        assert server.terminate() == 1
+        assert time.monotonic() - started < 4
+        with pytest.raises(EncodeError, match="UNAVAILABLE"):
+            work.result(5)
+    assert server.log.read_text().endswith("its callers were told to go elsewhere\n")
+
+
+def test_cancelled_calls_do_not_run(server: Server, background: ThreadPoolExecutor) -> None:
+    """One slow item runs; six behind it are given up, by cancelling or by a deadline; the next waits for the one only."""
+    logged = len(server.log.read_text())
+    with server.client() as client, server.channel() as channel:
+        first = background.submit(client.encode, [SLOW], 60)
+        accepted(server, first)
+        stub = encoder_pb2_grpc.EncoderStub(channel)
+        calls = [stub.Encode(pb.EncodeRequest(items=[SLOW, SLOW])) for _ in range(2)]
+        calls.append(stub.Encode(pb.EncodeRequest(items=[SLOW, SLOW]), timeout=0.15))
+        time.sleep(0.15)
+        for call in calls:
+            call.cancel()
+        (late,) = client.encode([SMALL], timeout_s=60)
+        (slow,) = first.result(60)
+        assert isinstance(late, Embedding) and isinstance(slow, Embedding)
+        assert late.times.queue_ms < 1.5 * slow.times.run_ms
+    assert server.log.read_text()[logged:].count("items=2 answered=0 failed=0") == 3
+
+
+def test_overload_says_when_to_come_back(start_server: StartServer, background: ThreadPoolExecutor) -> None:
+    server = start_server("--max-queue-patches", "5000", "--threads", "1")
+    with server.client() as client:
+        client.encode([SLOW])  # from here on it knows how fast it is
+        first = background.submit(client.encode, [SLOW], 60)
+        accepted(server, first)
+        refused, served = client.encode([SLOW, SMALL], timeout_s=60)
+        assert isinstance(served, Embedding)  # the small one found room
+        assert isinstance(refused, ItemError)
+        assert refused.code == "RESOURCE_EXHAUSTED"
+        assert "this item has 4096, the limit is 5000" in refused.message
+        tries = 0
+        while isinstance(refused, ItemError):  # who comes back when told to gets in before long
+            assert refused.retry_delay_s is not None and 0 < refused.retry_delay_s < 30
+            assert (tries := tries + 1) < 10
+            time.sleep(refused.retry_delay_s)
+            (refused,) = client.encode([SLOW], timeout_s=60)
+        assert isinstance(first.result(60)[0], Embedding)
+
+
+def test_a_cache_that_cannot_be_written_costs_time_only(start_server: StartServer, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    server = start_server("--cache-dir", str(tmp_path / "file" / "cache"))
+    assert "WARNING" in server.log.read_text() and "--cache-dir" in server.log.read_text()
+    with server.client() as client:
+        assert isinstance(client.encode([SMALL])[0], Embedding)
+    assert server.terminate() == 0
+
+
+def test_by_default_it_serves_what_the_checkpoint_computes_in(server: Server, start_server: StartServer) -> None:
+    """--precision bf16, embeddings in the checkpoint's bfloat16: half the bytes, and the same rows within rounding."""
+    narrow = start_server("--precision", "bf16", "--threads", "1")
+    photo = rgb_image_item(picture(112, 140))
+    with server.client() as client, narrow.client() as other:
+        (exact,), (rounded,) = client.encode([photo]), other.encode([photo])
+        info = other.info()
+    assert isinstance(exact, Embedding) and isinstance(rounded, Embedding)
+    assert (rounded.dtype, info.embedding_dtype) == (DType.BFLOAT16, pb.BFLOAT16)
+    assert (rounded.lane.precision, info.lanes[0].precision) == ("bf16", "bf16")
+    assert ", 1 threads, " in info.lanes[0].device
+    assert rounded.fingerprint == exact.fingerprint  # interchangeable
+    rows, reference = rounded.float32(), exact.float32()
+    cosines = (rows * reference).sum(1) / np.linalg.norm(rows, axis=1) / np.linalg.norm(reference, axis=1)
+    assert cosines.min() > 0.998
+    assert narrow.terminate() == 0
+
+
+def test_a_client_that_comes_before_it_is_ready_waits_and_is_served(
+    toy_artifact: Path, tmp_path: Path, start_server: StartServer
+) -> None:
+    process, log = spawn(toy_artifact, tmp_path, listen=f"unix:{tmp_path / 'sock'}")
+    try:
+        with EncoderClient(f"unix:{tmp_path / 'sock'}") as client:
+            client.wait_ready(timeout_s=30)
+            assert isinstance(client.encode([SMALL], timeout_s=20)[0], Embedding)
+    finally:
+        process.terminate()
+        assert process.wait(30) == 0, log.read_text()

@@ -1,0 +1,190 @@
+"""Requests that are wrong as a whole get a status of their own; odd ones that are right are served."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import grpc
+import numpy as np
+import pytest
+from google.protobuf.message import DecodeError
+from google.rpc import error_details_pb2
+from grpc_status import rpc_status
+from hypothesis import given
+from hypothesis import strategies as st
+from pictures import encoded, picture
+from servers import Server
+
+from sidecar.client import Embedding, EncoderClient, RequestTooLargeError
+from sidecar.errors import InvalidRequest
+from sidecar.items import image_item
+from sidecar.pb import encoder_pb2 as pb
+from sidecar.server.requests import parse_request
+
+PNG = encoded(picture(56, 56))
+GOOD = image_item(PNG)
+MB = 1 << 20
+
+
+@pytest.fixture(scope="module")
+def client(server: Server) -> Iterator[EncoderClient]:
+    with server.client() as connected:
+        yield connected
+
+
+@pytest.fixture(autouse=True)
+def still_answering(client: EncoderClient) -> Iterator[None]:
+    yield
+    assert isinstance(client.encode([GOOD], timeout_s=10)[0], Embedding)
+
+
+def send(server: Server, message: bytes) -> list[pb.EncodeResponse]:
+    """Any bytes as a request."""
+    with server.channel() as channel:
+        call = channel.unary_stream("/epd.encoder.v1.Encoder/Encode", None, pb.EncodeResponse.FromString)
+        return list(call(message, timeout=30))
+
+
+def refusal(server: Server, message: bytes) -> grpc.RpcError:
+    with pytest.raises(grpc.RpcError) as raised:
+        send(server, message)
+    assert "Traceback" not in raised.value.details() and ".py" not in raised.value.details()
+    return raised.value
+
+
+def reason_of(error: grpc.RpcError) -> str:
+    (detail,) = rpc_status.from_call(error).details
+    info = error_details_pb2.ErrorInfo()
+    assert detail.Unpack(info)
+    return info.reason
+
+
+def test_a_request_of_no_items_is_refused(server: Server) -> None:
+    error = refusal(server, b"")
+    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert error.details() == "the request has no items; send at least one"
+    assert reason_of(error) == "INVALID_REQUEST"
+
+
+def test_as_many_items_as_allowed_are_served_and_one_more_is_not(server: Server, client: EncoderClient) -> None:
+    assert len(client.encode([GOOD] * 16)) == 16
+    error = refusal(server, pb.EncodeRequest(items=[GOOD] * 17).SerializeToString())
+    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert error.details() == "the request has 17 items, this server takes 16 at once"
+
+
+def test_millions_of_empty_items_take_no_memory(server: Server) -> None:
+    empty = pb.EncodeRequest(items=[pb.Item()]).SerializeToString()
+    with server.growing_less_than(100 * MB):  # parsed they would take 800
+        error = refusal(server, empty * 10_000_000)
+    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert "more than the 16 items" in error.details()
+
+
+def test_a_message_of_300_mb_is_refused_without_being_held(server: Server, client: EncoderClient) -> None:
+    with server.growing_less_than(100 * MB):
+        error = refusal(server, bytes(300 * MB))
+        with pytest.raises(RequestTooLargeError, match="larger than the server takes"):
+            client.encode([pb.Item(image=bytes(65 * MB))])
+    assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+@pytest.mark.parametrize(
+    "message",
+    [b"\xff\xff\xff\xff", b"\x0a\x04\x0a\x02\xff\xfe", b"\x0a\xff\xff\xff\xff\x0f", b"\x0a\x05\x0a", b'{"items": []}'],
+    ids=["no field", "a key that is no UTF-8", "a length beyond the end", "an end before the end", "JSON"],
+)
+def test_bytes_that_are_no_request_are_the_callers_fault(server: Server, message: bytes) -> None:
+    logged = len(server.log.read_text())
+    error = refusal(server, message)
+    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert "is not an epd.encoder.v1.EncodeRequest" in error.details()
+    assert "Traceback" not in server.log.read_text()[logged:]
+
+
+@given(st.binary(max_size=60) | st.lists(st.builds(pb.Item, key=st.text(max_size=3)), max_size=12).map(
+    lambda items: pb.EncodeRequest(items=items).SerializeToString()
+))  # fmt: skip
+def test_counting_items_first_changes_nothing_for_an_honest_request(message: bytes) -> None:
+    try:
+        expected = pb.EncodeRequest.FromString(message)
+    except DecodeError:
+        expected = pb.EncodeRequest()
+    if 1 <= len(expected.items) <= 8:
+        assert parse_request(message, 8) == expected
+    else:
+        with pytest.raises(InvalidRequest):
+            parse_request(message, 8)
+
+
+def test_fields_that_only_newer_clients_know_are_passed_over(server: Server) -> None:
+    # Field 1000 as a varint, field 1001 as bytes: in the item, and beside it.
+    unknown = b"\xc0\x3e\x07" + b"\xca\x3e\x03new"
+    item = GOOD.SerializeToString() + unknown
+    message = unknown + b"\x0a" + _varint(len(item)) + item + unknown
+    header, chunk = send(server, message)
+    assert header.embedding.tokens == 4
+    assert len(chunk.chunk.data) == header.embedding.size_bytes == 4 * 128 * 4
+
+
+KEYS = [
+    *("../../etc/passwd", "/etc/passwd", "..", ".", "a/b", "C:\\a", "~", "$(touch pwned)", "-rf", "a\0b", "\0", "\n"),
+    *("ключ 🔑", "k" * 10_000, "k" * 65_536, "epd", ".tmp"),
+]
+
+
+def test_keys_are_data_whatever_they_look_like(server: Server, client: EncoderClient) -> None:
+    def files() -> set[Path]:
+        return set(server.log.parent.parent.rglob("*"))
+
+    before = files()
+    for start in range(0, len(KEYS), 16):
+        keys = KEYS[start : start + 16]
+        results = client.encode([image_item(PNG, key=key) for key in keys])
+        assert [result.key for result in results if isinstance(result, Embedding)] == keys
+    assert files() == before
+
+
+def test_two_items_under_one_key_are_both_answered(client: EncoderClient) -> None:
+    first, second = client.encode([image_item(PNG, key="same"), image_item(encoded(picture(84, 56)), key="same")])
+    assert isinstance(first, Embedding) and isinstance(second, Embedding)
+    assert (first.tokens, second.tokens) == (4, 6)
+
+
+def test_without_a_key_the_content_is_the_key(client: EncoderClient) -> None:
+    again, other = encoded(picture(56, 56), "BMP"), encoded(picture(56, 56, seed=1))
+    smaller = image_item(PNG, max_pixels=28 * 56)
+    keys = [
+        r.key for r in client.encode([GOOD, image_item(again), image_item(other), smaller]) if isinstance(r, Embedding)
+    ]
+    assert keys[0] == keys[1]  # the same pixels in another format
+    assert len(set(keys)) == 3
+    assert all(len(key) == 64 and int(key, 16) for key in keys)
+
+
+def test_many_callers_at_once_each_get_their_own(client: EncoderClient) -> None:
+    pictures = [encoded(picture(56, 56, seed)) for seed in range(8)]
+    alone = [
+        result.data
+        for image in pictures
+        for result in client.encode([image_item(image)])
+        if isinstance(result, Embedding)
+    ]
+
+    def ask(caller: int) -> bool:
+        (result,) = client.encode([image_item(pictures[caller % 8], key=str(caller))], timeout_s=60)
+        assert isinstance(result, Embedding)
+        return result.key == str(caller) and np.array_equal(result.data, alone[caller % 8])
+
+    with ThreadPoolExecutor(32) as callers:
+        assert all(callers.map(ask, range(200)))
+
+
+def _varint(number: int) -> bytes:
+    parts = bytearray()
+    while number > 0x7F:
+        parts.append(number & 0x7F | 0x80)
+        number >>= 7
+    return bytes([*parts, number])

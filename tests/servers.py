@@ -1,0 +1,81 @@
+"""A sidecar as a user starts it: a process of its own, found by what its log says."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+
+from sidecar.client import EncoderClient
+
+ROOT = Path(__file__).parents[1]
+_READY = re.compile(r" ready on (\S+), unix:(\S+) after ")
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """`address` is its TCP address, `socket` its unix socket's path, `log` the file its stderr goes to."""
+
+    process: subprocess.Popen[bytes]
+    log: Path
+    address: str
+    socket: Path
+
+    def client(self) -> EncoderClient:
+        return EncoderClient(self.address)
+
+    def channel(self) -> grpc.Channel:
+        """With gRPC's defaults on what may be received, and no limit on what may be sent."""
+        return grpc.insecure_channel(self.address, [("grpc.max_send_message_length", -1)])
+
+    @contextmanager
+    def growing_less_than(self, most_bytes: float) -> Iterator[None]:
+        """Assert that the process never holds so much more memory than now."""
+        Path(f"/proc/{self.process.pid}/clear_refs").write_text("5")  # forget the highest mark so far
+        before = self._bytes("VmRSS")
+        yield
+        assert self._bytes("VmHWM") - before < most_bytes
+
+    def terminate(self, timeout_s: float = 60) -> int:
+        """SIGTERM, and the exit code."""
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(timeout_s)
+
+    def _bytes(self, name: str) -> int:
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        found = re.search(rf"{name}:\s+(\d+) kB", status)
+        assert found, status
+        return int(found[1]) * 1024
+
+
+def spawn(artifact: Path, directory: Path, *flags: str, listen: str) -> tuple[subprocess.Popen[bytes], Path]:
+    """Start the command in a working directory of its own; return the process and its log."""
+    log = directory / "log"
+    command = [sys.executable, "-m", "sidecar", "serve", "--artifact", str(artifact), "--listen", listen]
+    # gRPC's own lines on stderr would mix with the server's.
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "GRPC_VERBOSITY": "NONE", "XDG_CACHE_HOME": str(directory)}
+    with log.open("wb") as output:
+        process = subprocess.Popen([*command, *flags], cwd=directory, env=environment, stdout=output, stderr=output)
+    return process, log
+
+
+def start(artifact: Path, directory: Path, *flags: str, timeout_s: float = 60) -> Server:
+    """Start a server on a free port and a unix socket, and return once it is ready."""
+    process, log = spawn(artifact, directory, *flags, listen=f"127.0.0.1:0,unix:{directory / 'sock'}")
+    ends = time.monotonic() + timeout_s
+    while (ready := _READY.search(log.read_text())) is None:
+        if process.poll() is not None or time.monotonic() > ends:
+            process.kill()
+            process.wait()
+            raise AssertionError(f"the server did not become ready:\n{log.read_text()}")
+        time.sleep(0.02)
+    return Server(process, log, ready[1], Path(ready[2]))
