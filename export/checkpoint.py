@@ -24,7 +24,7 @@ from torch import Tensor
 
 from export.files import CheckpointError, Files, LocalFiles, StoredTensor
 from export.hub import HubFiles
-from sidecar.vision.spec import PixelSpec, TowerSpec
+from sidecar.vision.spec import PixelSpec, TowerSpec, processor_configs
 from sidecar.vision.tower import Tower
 
 __all__ = ["Checkpoint", "CheckpointError", "open_checkpoint"]
@@ -177,21 +177,10 @@ def _tower_spec(config: Mapping[str, Any]) -> TowerSpec:
 
 
 def _pixel_spec(files: Files) -> PixelSpec:
-    """Preprocessing from whichever files there are, in transformers' order: `processor_config.json` with nested
-    processors, then one file per processor; videos fall back to the image file, as published Qwen2.5-VL needs it.
-    """
-    nested = files.json("processor_config.json") or {}
-    image_file = files.json("preprocessor_config.json")
-    image = nested.get("image_processor") or image_file
-    video = nested.get("video_processor") or files.json("video_preprocessor_config.json") or image_file
+    image, video = processor_configs(files.json)
     if image is None:
         logger.warning("%s has no image processor configuration: Qwen2.5-VL's defaults are assumed", files.source)
-    return PixelSpec.from_config(_stated(image), _stated(video))
-
-
-def _stated(config: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Without the entries that are null, which a reader would take for values."""
-    return {name: value for name, value in (config or {}).items() if value is not None}
+    return PixelSpec.from_config(image or {}, video)
 
 
 def _canonical(name: str) -> str | None:

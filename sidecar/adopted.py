@@ -20,16 +20,9 @@ from xml.etree import ElementTree
 from sidecar.artifact import Artifact, ArtifactError, Checkpoint, Manifest, Variant, fingerprint, sha256_of
 from sidecar.runtimes.optimum import MERGER, pair_files
 from sidecar.vision.dtypes import DType
-from sidecar.vision.spec import PixelSpec, SpecError, TowerSpec
+from sidecar.vision.spec import IMAGE_PROCESSOR, PROCESSOR_FILES, PixelSpec, SpecError, TowerSpec, processor_configs
 
 CONFIG = "config.json"
-# The processors' files: one for all (transformers 5, where video processing is installed), or one each.
-_PROCESSOR, _IMAGE_PROCESSOR, _VIDEO_PROCESSOR = (
-    "processor_config.json",
-    "preprocessor_config.json",
-    "video_preprocessor_config.json",
-)
-PROCESSOR_FILES = (_PROCESSOR, _IMAGE_PROCESSOR, _VIDEO_PROCESSOR)
 
 # What the graph computes in, by the type that most of its weights are stored in (names as in the .xml).
 _PRECISION = {"f32": "f32", "f16": "bf16", "bf16": "bf16", "i8": "int8", "u8": "int8"}
@@ -130,15 +123,14 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _pixel_spec(directory: Path) -> PixelSpec:
-    """The same precedence as transformers': the nested file first, and a video falls back to the image's numbers."""
-    found = {name: _json(directory / name) for name in PROCESSOR_FILES if (directory / name).is_file()}
-    if not found.keys() & {_PROCESSOR, _IMAGE_PROCESSOR}:
-        raise ArtifactError(f"{directory} lacks {_IMAGE_PROCESSOR}; copy it from the checkpoint")
-    nested, image_file = found.get(_PROCESSOR, {}), found.get(_IMAGE_PROCESSOR)
-    image = nested.get("image_processor") or image_file
+    def read(name: str) -> dict[str, Any] | None:
+        return _json(directory / name) if (directory / name).is_file() else None
+
+    image, video = processor_configs(read)
     if image is None:
-        raise ArtifactError(f"{_PROCESSOR} of {directory} has no image_processor; copy {_IMAGE_PROCESSOR} beside it")
-    video = nested.get("video_processor") or found.get(_VIDEO_PROCESSOR) or image_file
+        raise ArtifactError(
+            f"{directory} has no image processor's configuration; copy {IMAGE_PROCESSOR} from the checkpoint"
+        )
     return PixelSpec.from_config(image, video)
 
 

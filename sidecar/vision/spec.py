@@ -7,7 +7,7 @@ both are sealed into an artifact's manifest, so nothing downstream ever guesses 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Self
 
@@ -216,7 +216,8 @@ class PixelSpec:
         for prefix, config in (("", image), ("video_", video or {})):
             size = config.get("size") or {}
             for bound, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
-                number = config.get(bound, size.get(bound, size.get(edge)))
+                stated = (config.get(bound), size.get(bound), size.get(edge))
+                number = next((number for number in stated if number is not None), None)
                 if number is not None:
                     values[prefix + bound] = int(number)
         return cls(**values)
@@ -229,6 +230,27 @@ class PixelSpec:
         """Inverse of `to_dict`, strict about unknown and missing names."""
         known = _known(cls, values)
         return cls(**{**known, "image_mean": tuple(known["image_mean"]), "image_std": tuple(known["image_std"])})
+
+
+# Where transformers keeps its processors' numbers: nested in one file since version 5, before that in one each.
+NESTED_PROCESSORS = "processor_config.json"
+IMAGE_PROCESSOR = "preprocessor_config.json"
+VIDEO_PROCESSOR = "video_preprocessor_config.json"
+PROCESSOR_FILES = (NESTED_PROCESSORS, IMAGE_PROCESSOR, VIDEO_PROCESSOR)
+
+Config = Mapping[str, Any]
+
+
+def processor_configs(read: Callable[[str], Config | None]) -> tuple[Config | None, Config | None]:
+    """The image and the video processor's configuration, None where there is none, in transformers' order: the nested file
+    first, then one file for each; videos fall back to the image file, as published Qwen2.5-VL checkpoints need it.
+
+    `read` gives a parsed file of `PROCESSOR_FILES`, or None.
+    """
+    nested, image_file = read(NESTED_PROCESSORS) or {}, read(IMAGE_PROCESSOR)
+    image = nested.get("image_processor") or image_file
+    video = nested.get("video_processor") or read(VIDEO_PROCESSOR) or image_file
+    return image, video
 
 
 def _known(cls: Any, values: Mapping[str, Any]) -> dict[str, Any]:

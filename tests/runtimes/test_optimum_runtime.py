@@ -255,7 +255,7 @@ def test_a_missing_file_is_named(directory: Path, name: str) -> None:
 
 def test_without_preprocessing_nothing_is_guessed(directory: Path) -> None:
     (directory / "preprocessor_config.json").unlink()
-    with pytest.raises(ArtifactError, match=r"lacks preprocessor_config\.json"):
+    with pytest.raises(ArtifactError, match=r"copy preprocessor_config\.json"):
         adopt_optimum(directory)
     (directory / "processor_config.json").write_text(json.dumps({"image_processor": {"image_mean": [0.1, 0.2, 0.3]}}))
     assert adopt_optimum(directory).manifest.pixels.image_mean == (0.1, 0.2, 0.3)
