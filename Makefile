@@ -11,7 +11,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help demo test test-slow test-serving test-integration export serve bench lint format proto container optimum-env clean
+.PHONY: help demo test test-slow test-torchvision test-serving export serve bench lint format proto optimum-env clean
 
 help:
 	@echo "make demo              a toy checkpoint becomes an artifact, is served, and encodes real photos"
@@ -37,6 +37,11 @@ test: $(READY)
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow
+
+# transformers' other processor. Its torchvision is a CUDA build, so it lies beside the environment and not in it.
+test-torchvision: $(READY)
+	test -d .venv-torchvision || $(BIN)/python -m pip install --quiet --no-deps --target .venv-torchvision 'torchvision==0.28.*'
+	PYTHONPATH=.venv-torchvision $(BIN)/python -m pytest tests/vision/test_pixels.py -k torchvision
 
 test-serving:
 	PYTHON=$(PYTHON) tests/serving_install.sh
