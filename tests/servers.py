@@ -12,10 +12,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import grpc
 
 from sidecar.client import EncoderClient
+from sidecar.pb import encoder_pb2_grpc
 
 ROOT = Path(__file__).parents[1]
 _READY = re.compile(r" ready on (\S+), unix:(\S+) after ")
@@ -45,6 +47,13 @@ class Server:
         yield
         assert self._bytes("VmHWM") - before < most_bytes
 
+    @contextmanager
+    def stub(self) -> Iterator[Any]:
+        """The generated stub, which has no annotations, on a channel of its own."""
+        with self.channel() as channel:
+            new_stub: Any = encoder_pb2_grpc.EncoderStub
+            yield new_stub(channel)
+
     def terminate(self, timeout_s: float = 60) -> int:
         """SIGTERM, and the exit code."""
         self.process.send_signal(signal.SIGTERM)
@@ -61,8 +70,9 @@ def spawn(artifact: Path, directory: Path, *flags: str, listen: str) -> tuple[su
     """Start the command in a working directory of its own; return the process and its log."""
     log = directory / "log"
     command = [sys.executable, "-m", "sidecar", "serve", "--artifact", str(artifact), "--listen", listen]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("EPD_", "DYN_"))}
     # gRPC's own lines on stderr would mix with the server's.
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "GRPC_VERBOSITY": "NONE", "XDG_CACHE_HOME": str(directory)}
+    environment |= {"PYTHONPATH": str(ROOT), "GRPC_VERBOSITY": "NONE", "XDG_CACHE_HOME": str(directory)}
     with log.open("wb") as output:
         process = subprocess.Popen([*command, *flags], cwd=directory, env=environment, stdout=output, stderr=output)
     return process, log

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import shutil
+import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -41,7 +44,13 @@ def refusal(artifact: Path, capsys: pytest.CaptureFixture[str]) -> Refusal:
 
     def refuse(*flags: str) -> str:
         always = ["serve", "--artifact", str(artifact), "--listen", "127.0.0.1:0", "--cache-dir", "none"]
-        assert main([*always, *flags]) == 2
+        # If it serves after all, it is told to stop, and returns 0.
+        interrupt = threading.Timer(20, os.kill, [os.getpid(), signal.SIGINT])
+        interrupt.start()
+        try:
+            assert main([*always, *flags]) == 2
+        finally:
+            interrupt.cancel()
         output = capsys.readouterr()
         assert output.out == ""
         assert re.fullmatch(r"sidecar serve: [^\n]+\n", output.err), output.err  # one line, no stack trace

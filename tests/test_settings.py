@@ -98,8 +98,10 @@ def test_a_bare_flag_switches_on() -> None:
     )
 
 
-WHOLE = ("threads", "preprocess_threads", "max_message_bytes", "max_items", "max_image_pixels")
-WHOLE += ("max_item_patches", "max_queue_patches")
+WHOLE = (
+    *("threads", "preprocess_threads", "max_message_bytes", "max_items"),
+    *("max_image_pixels", "max_item_patches", "max_queue_patches"),
+)
 WRONG = [
     *((name, value) for name in WHOLE for value in ("x", "1.5", "-1", "2147483648", "1e3", "nan")),
     *((name, "0") for name in WHOLE if name != "threads"),

@@ -35,10 +35,11 @@ class HealthService(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # ge
         return self._health(request.service)
 
     async def Watch(self, request: HealthCheckRequest, context: _Context) -> AsyncIterator[HealthCheckResponse]:
-        yield self._health(request.service)
-        if not self._draining.is_set():
-            await self._draining.wait()
-            yield self._health(request.service)
+        told = self._health(request.service)
+        yield told
+        await self._draining.wait()
+        if (last := self._health(request.service)) != told:
+            yield last
 
     def _health(self, service: str) -> HealthCheckResponse:
         if service not in self._services:

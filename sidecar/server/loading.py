@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import time
@@ -83,7 +84,7 @@ def load_lane(artifact: Artifact, variant: Variant, settings: Settings) -> Lane:
         output_dtype=dtype,
         device=settings.device,
         threads=settings.threads,
-        cache_dir=_writable(settings.cache_dir),
+        cache_dir=_writable(_cache_of(artifact, variant, settings.cache_dir)),
     )
     started = time.perf_counter()
     with ThreadPoolExecutor(1) as verifying:
@@ -106,6 +107,15 @@ def load_lane(artifact: Artifact, variant: Variant, settings: Settings) -> Lane:
         time.perf_counter() - started,
     )
     return lane
+
+
+def _cache_of(artifact: Artifact, variant: Variant, cache_dir: Path | None) -> Path | None:
+    """A place of its own for each content of the graph's files: whatever a runtime keys its cache by, another artifact at
+    the same path can then never be answered with this one's model."""
+    if cache_dir is None:
+        return None
+    content = "".join(artifact.hashes[name] for name in variant.files)
+    return cache_dir / hashlib.sha256(content.encode()).hexdigest()[:32]
 
 
 def _writable(cache_dir: Path | None) -> Path | None:

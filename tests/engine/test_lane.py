@@ -169,7 +169,7 @@ def test_an_embedding_that_is_not_finite_is_a_fault(make_lane: MakeLane, bad: fl
         whole(patches, grids, out)  # type: ignore[arg-type]
         out[-1, -1] = bad
 
-    runtime.run = spoil  # type: ignore[assignment,method-assign]
+    runtime.run = spoil  # type: ignore[method-assign]
     lane = make_lane(runtime)
 
     async def ask() -> None:

@@ -6,6 +6,7 @@ import struct
 import zlib
 from io import BytesIO
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -35,6 +36,7 @@ PATCH_WIDTH = TOWER.patch_width
 
 Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
+Number = TypeVar("Number", np.uint8, np.float32)
 
 
 def picture(height: int = 84, width: int = 112, seed: int = 0) -> Bytes:
@@ -54,7 +56,7 @@ def patches_of(rgb: Bytes) -> tuple[Bytes, Grid]:
     return patches.values.astype(np.uint8), patches.grid
 
 
-def one_slice(values: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
+def one_slice(values: npt.NDArray[Number]) -> npt.NDArray[Number]:
     """Patches (N, 1176) without the second of their equal temporal slices."""
     slices = values.reshape(len(values), TOWER.in_channels, TOWER.temporal_patch_size, -1)
     return slices[:, :, 0].reshape(len(values), -1)

@@ -15,7 +15,6 @@ from servers import Server
 from sidecar.client import Embedding, EncoderClient
 from sidecar.items import Item, image_item, patches_item, rgb_image_item, rgb_video_item
 from sidecar.pb import encoder_pb2 as pb
-from sidecar.pb import encoder_pb2_grpc
 from sidecar.vision.dtypes import DType
 from sidecar.vision.grid import Grid
 
@@ -151,10 +150,8 @@ def test_a_large_embedding_comes_in_parts_that_any_client_can_take(server: Serve
     """2304 tokens of 128 float32: 1.1 MiB, from a video so that it is quickly encoded."""
     frames = pb.RgbVideo(frames=72, height=224, width=224, data=bytes(72 * 224 * 224 * 3))
     small = rgb_image_item(picture(56, 56))
-    with server.channel() as channel:
-        parts = list(
-            encoder_pb2_grpc.EncoderStub(channel).Encode(pb.EncodeRequest(items=[pb.Item(rgb_video=frames), small]))
-        )
+    with server.stub() as stub:
+        parts = list(stub.Encode(pb.EncodeRequest(items=[pb.Item(rgb_video=frames), small])))
     assert max(part.ByteSize() for part in parts) < 4 << 20
     first, *chunks = [part for part in parts if part.index == 0]
     assert (first.embedding.tokens, first.embedding.width) == (2304, 128)
@@ -179,9 +176,9 @@ def test_times_say_where_the_time_went(client: EncoderClient) -> None:
 
 def test_a_result_is_sent_as_soon_as_it_is_there(server: Server) -> None:
     items = [rgb_image_item(picture(28 * 20, 28 * 20, seed)) for seed in range(5)]
-    with server.channel() as channel:
+    with server.stub() as stub:
         started = time.perf_counter()
-        stream = encoder_pb2_grpc.EncoderStub(channel).Encode(pb.EncodeRequest(items=items))
+        stream = stub.Encode(pb.EncodeRequest(items=items))
         arrived = [(part.index, time.perf_counter() - started) for part in stream if part.HasField("embedding")]
     assert sorted(index for index, _ in arrived) == [0, 1, 2, 3, 4]
     assert arrived[0][1] < 0.6 * arrived[-1][1]

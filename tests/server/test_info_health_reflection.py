@@ -101,7 +101,7 @@ def test_the_health_of_an_unknown_service_is_not_found(health: health_pb2_grpc.H
     with pytest.raises(grpc.RpcError) as raised:
         health.Check(request, timeout=10)
     assert raised.value.code() is grpc.StatusCode.NOT_FOUND
-    assert ENCODER in raised.value.details()
+    assert ENCODER in str(raised.value.details())
     watch = health.Watch(request, timeout=10)
     assert next(watch).status == Status.SERVICE_UNKNOWN  # the stream goes on, as the protocol has it
     watch.cancel()
@@ -116,7 +116,8 @@ def test_reflection_describes_the_contract(server: Server) -> None:
         encode = service.methods_by_name["Encode"]
         assert encode.server_streaming and not encode.client_streaming
         item = encode.input_type.fields_by_name["items"].message_type
+        assert item is not None
         ours = pb.Item.DESCRIPTOR
         assert [(field.name, field.number) for field in item.fields] == [(f.name, f.number) for f in ours.fields]
         error = encode.output_type.fields_by_name["error"].message_type
-        assert error.full_name == "google.rpc.Status"  # of another file, which is described too
+        assert error is not None and error.full_name == "google.rpc.Status"  # of another file, which is described too

@@ -17,7 +17,6 @@ from servers import Server, spawn
 from sidecar.client import Embedding, EncodeError, EncoderClient, ItemError, Result
 from sidecar.items import image_item, rgb_image_item
 from sidecar.pb import encoder_pb2 as pb
-from sidecar.pb import encoder_pb2_grpc
 from sidecar.vision.dtypes import DType
 
 SMALL = image_item(encoded(picture(56, 56)))
@@ -139,10 +138,9 @@ def test_a_drain_ends_when_its_time_is_over(start_server: StartServer, backgroun
 def test_cancelled_calls_do_not_run(server: Server, background: ThreadPoolExecutor) -> None:
     """One slow item runs; six behind it are given up, by cancelling or by a deadline; the next waits for the one only."""
     logged = len(server.log.read_text())
-    with server.client() as client, server.channel() as channel:
+    with server.client() as client, server.stub() as stub:
         first = background.submit(client.encode, [SLOW], 60)
         accepted(server, first)
-        stub = encoder_pb2_grpc.EncoderStub(channel)
         calls = [stub.Encode(pb.EncodeRequest(items=[SLOW, SLOW])) for _ in range(2)]
         calls.append(stub.Encode(pb.EncodeRequest(items=[SLOW, SLOW]), timeout=0.15))
         time.sleep(0.15)

@@ -212,7 +212,9 @@ def test_whatever_an_item_holds_it_gets_an_embedding_or_a_clear_error(
             }
         ),
     )
-    bounds = st.fixed_dictionaries(dict.fromkeys(("min_pixels", "max_pixels"), number)) | st.just({})
+    bounds: st.SearchStrategy[dict[str, int]] = st.fixed_dictionaries(
+        dict.fromkeys(("min_pixels", "max_pixels"), number)
+    ) | st.just({})
     item = st.builds(
         lambda fields, limits, key: pb.Item(key=key, **fields, **limits), content, bounds, st.text(max_size=5)
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import cast
 
 import grpc
 import numpy as np
@@ -26,6 +27,7 @@ from sidecar.server.requests import parse_request
 PNG = encoded(picture(56, 56))
 GOOD = image_item(PNG)
 MB = 1 << 20
+INVALID = grpc.StatusCode.INVALID_ARGUMENT
 
 
 @pytest.fixture(scope="module")
@@ -47,48 +49,45 @@ def send(server: Server, message: bytes) -> list[pb.EncodeResponse]:
         return list(call(message, timeout=30))
 
 
-def refusal(server: Server, message: bytes) -> grpc.RpcError:
+def refusal(server: Server, message: bytes) -> tuple[grpc.StatusCode, str, list[str]]:
+    """The status that a request gets, its message, and the reasons in its details."""
     with pytest.raises(grpc.RpcError) as raised:
         send(server, message)
-    assert "Traceback" not in raised.value.details() and ".py" not in raised.value.details()
-    return raised.value
-
-
-def reason_of(error: grpc.RpcError) -> str:
-    (detail,) = rpc_status.from_call(error).details
-    info = error_details_pb2.ErrorInfo()
-    assert detail.Unpack(info)
-    return info.reason
+    told = raised.value.details() or ""
+    assert "Traceback" not in told and ".py" not in told
+    status = rpc_status.from_call(cast(grpc.Call, raised.value))
+    reasons = []
+    for detail in status.details if status else ():
+        info = error_details_pb2.ErrorInfo()
+        assert detail.Unpack(info)
+        reasons.append(info.reason)
+    return raised.value.code(), told, reasons
 
 
 def test_a_request_of_no_items_is_refused(server: Server) -> None:
-    error = refusal(server, b"")
-    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
-    assert error.details() == "the request has no items; send at least one"
-    assert reason_of(error) == "INVALID_REQUEST"
+    assert refusal(server, b"") == (INVALID, "the request has no items; send at least one", ["INVALID_REQUEST"])
 
 
 def test_as_many_items_as_allowed_are_served_and_one_more_is_not(server: Server, client: EncoderClient) -> None:
     assert len(client.encode([GOOD] * 16)) == 16
-    error = refusal(server, pb.EncodeRequest(items=[GOOD] * 17).SerializeToString())
-    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
-    assert error.details() == "the request has 17 items, this server takes 16 at once"
+    code, told, _ = refusal(server, pb.EncodeRequest(items=[GOOD] * 17).SerializeToString())
+    assert (code, told) == (INVALID, "the request has 17 items, this server takes 16 at once")
 
 
 def test_millions_of_empty_items_take_no_memory(server: Server) -> None:
     empty = pb.EncodeRequest(items=[pb.Item()]).SerializeToString()
     with server.growing_less_than(100 * MB):  # parsed they would take 800
-        error = refusal(server, empty * 10_000_000)
-    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
-    assert "more than the 16 items" in error.details()
+        code, told, _ = refusal(server, empty * 10_000_000)
+    assert code is INVALID and "more than the 16 items" in told
 
 
 def test_a_message_of_300_mb_is_refused_without_being_held(server: Server, client: EncoderClient) -> None:
     with server.growing_less_than(100 * MB):
-        error = refusal(server, bytes(300 * MB))
+        code, told, _ = refusal(server, bytes(300 * MB))
         with pytest.raises(RequestTooLargeError, match="larger than the server takes"):
             client.encode([pb.Item(image=bytes(65 * MB))])
-    assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert str(64 * MB) in told  # what would do
 
 
 @pytest.mark.parametrize(
@@ -98,9 +97,8 @@ def test_a_message_of_300_mb_is_refused_without_being_held(server: Server, clien
 )
 def test_bytes_that_are_no_request_are_the_callers_fault(server: Server, message: bytes) -> None:
     logged = len(server.log.read_text())
-    error = refusal(server, message)
-    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
-    assert "is not an epd.encoder.v1.EncodeRequest" in error.details()
+    code, told, _ = refusal(server, message)
+    assert code is INVALID and "is not an epd.encoder.v1.EncodeRequest" in told
     assert "Traceback" not in server.log.read_text()[logged:]
 
 
@@ -119,9 +117,24 @@ def test_counting_items_first_changes_nothing_for_an_honest_request(message: byt
             parse_request(message, 8)
 
 
+# Field 1000 in every form that protobuf's wire format has: a varint, eight bytes, a length and bytes, four bytes.
+UNKNOWN = [b"\xc0\x3e\xff\x01", b"\xc1\x3e" + bytes(8), b"\xc2\x3e\x03new", b"\xc5\x3e" + bytes(4)]
+
+
+@given(st.lists(st.sampled_from(UNKNOWN), min_size=60, max_size=80), st.integers(0, 80))
+def test_a_few_unknown_fields_are_passed_over_and_a_flood_is_refused(unknown: list[bytes], place: int) -> None:
+    item = pb.EncodeRequest(items=[pb.Item(key="k")]).SerializeToString()
+    message = b"".join([*unknown[:place], item, *unknown[place:]])
+    if len(unknown) < 8 + 64:
+        assert parse_request(message, 8).items[0].key == "k"
+    else:
+        with pytest.raises(InvalidRequest, match="far more than the 8 items"):
+            parse_request(message, 8)
+
+
 def test_fields_that_only_newer_clients_know_are_passed_over(server: Server) -> None:
-    # Field 1000 as a varint, field 1001 as bytes: in the item, and beside it.
-    unknown = b"\xc0\x3e\x07" + b"\xca\x3e\x03new"
+    """In the item, and beside it."""
+    unknown = b"".join(UNKNOWN)
     item = GOOD.SerializeToString() + unknown
     message = unknown + b"\x0a" + _varint(len(item)) + item + unknown
     header, chunk = send(server, message)
