@@ -120,7 +120,9 @@ class Attention(nn.Module):
 class WindowAttention(Attention):
     """Full windows where they lie, ragged ones by gather and mask."""
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, index: Tensor, mask: Tensor, ragged_return: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, index: Tensor, mask: Tensor, ragged_return: Tensor
+    ) -> Tensor:
         length = self.spec.window_patches
         tables = (self.qkv(x), cos, sin)
         split = x.shape[0] - ragged_return.shape[0]
