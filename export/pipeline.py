@@ -10,6 +10,7 @@ before, and no half artifact is ever seen.
 from __future__ import annotations
 
 import gc
+import glob
 import hashlib
 import importlib.metadata
 import os
@@ -128,6 +129,7 @@ def run_stages(job: Job, write: Write, console: Console) -> Artifact:
     _check_destination(job.out)
     with _stages(console) as stage, stage("read checkpoint", None) as advance:
         checkpoint = open_checkpoint(job.model, revision=job.revision, progress=advance.absolute)
+    _sweep(job.out)
     partial = job.out.with_name(f".{job.out.name}.partial-{os.getpid()}")
     partial.mkdir(parents=True)
     try:
@@ -248,6 +250,14 @@ def _check_destination(out: Path) -> None:
         raise ExportError(f"{out} exists and is not a directory")
     if out.is_dir() and any(out.iterdir()) and not (out / sealed.MANIFEST).is_file():
         raise ExportError(f"{out} is not empty and holds no artifact; choose another --out")
+
+
+def _sweep(out: Path) -> None:
+    """Remove what exports to the same place left behind that were killed; one that is still at work keeps its own."""
+    for left in out.parent.glob(f".{glob.escape(out.name)}.*-*"):
+        kind, _, process = left.name.removeprefix(f".{out.name}.").rpartition("-")
+        if kind in ("partial", "retired") and process.isdigit() and not Path(f"/proc/{process}").exists():
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def _publish(partial: Path, out: Path) -> None:
