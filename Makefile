@@ -17,7 +17,7 @@ help:
 	@echo "make demo              a toy checkpoint becomes an artifact, is served, and encodes real photos"
 	@echo "make test              the tests, under 5 minutes"
 	@echo "make export MODEL=…    a checkpoint's vision tower becomes the artifact OUT=$(OUT)"
-	@echo "make serve OUT=…       serve an artifact on LISTEN=$(LISTEN)"
+	@echo "make serve MODEL=…     serve it on LISTEN=$(LISTEN); further flags in ARGS='--precision int8 …'"
 	@echo "make test-slow         the tests at real size"
 	@echo "make test-serving      a serving install alone: what it takes and that it serves"
 	@echo "make bench             the figures of docs/performance.md"
@@ -43,14 +43,14 @@ test-torchvision: $(READY)
 	test -d .venv-torchvision || $(BIN)/python -m pip install --quiet --no-deps --target .venv-torchvision 'torchvision==0.28.*'
 	PYTHONPATH=.venv-torchvision $(BIN)/python -m pytest tests/vision/test_pixels.py -k torchvision
 
-test-serving:
+test-serving: $(READY)
 	PYTHON=$(PYTHON) tests/serving_install.sh
 
 export: $(READY)
 	$(BIN)/python -m export --model '$(MODEL)' --out '$(OUT)' --format '$(FORMAT)' --precision '$(PRECISION)'
 
 serve: $(READY)
-	$(BIN)/python -m sidecar serve --artifact '$(OUT)' --listen '$(LISTEN)' --device '$(DEVICE)'
+	$(BIN)/python -m sidecar serve --artifact '$(OUT)' --listen '$(LISTEN)' --device '$(DEVICE)' $(ARGS)
 
 # optimum-intel's own environment. It brings torchvision, whose CUDA build does not load beside a CPU torch and then keeps
 # transformers from loading; nothing here needs it.

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from export.checkpoint import CheckpointError
 from export.pipeline import FORMATS, PRECISIONS, ExportError, Job, export
-from export.synthetic import make_checkpoint, synthetic_kind
+from export.synthetic import SyntheticError, make_checkpoint, synthetic_kind
 from sidecar.artifact import ArtifactError
 from sidecar.runtimes.base import RuntimeFault
 
@@ -49,6 +49,7 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("huggingface_hub").propagate = False  # it has a handler of its own
     console = Console()
     try:
         with tempfile.TemporaryDirectory(prefix="epd-random-") as scratch:
@@ -71,7 +72,7 @@ def main(arguments: list[str] | None = None) -> int:
                 artifact = export_via_optimum(job, console)
             else:
                 artifact = export(job, console)
-    except (ArtifactError, CheckpointError, ExportError, RuntimeFault) as error:
+    except (ArtifactError, CheckpointError, ExportError, RuntimeFault, SyntheticError) as error:
         console.print(f"[bold red]export failed:[/] {error}", highlight=False, soft_wrap=True)
         return 1
     except KeyboardInterrupt:

@@ -131,7 +131,10 @@ def run_stages(job: Job, write: Write, console: Console) -> Artifact:
         checkpoint = open_checkpoint(job.model, revision=job.revision, progress=advance.absolute)
     _sweep(job.out)
     partial = job.out.with_name(f".{job.out.name}.partial-{os.getpid()}")
-    partial.mkdir(parents=True)
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise ExportError(f"cannot write beside {job.out}: {error.strerror}; choose another --out") from None
     try:
         manifest = _fill(job, checkpoint, write, partial, console)
         artifact = sealed.seal(partial, manifest)

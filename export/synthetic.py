@@ -60,6 +60,10 @@ class _Weight(NamedTuple):
     hole: bool = False  # zeros that are not written
 
 
+class SyntheticError(ValueError):
+    """A random checkpoint that there is not."""
+
+
 def synthetic_kind(model: str) -> Kind | None:
     """The kind of checkpoint where `model` is "random:toy", "random:3b" or "random:7b", None where it is anything else.
 
@@ -73,7 +77,9 @@ def synthetic_kind(model: str) -> Kind | None:
     for candidate in known:
         if kind == candidate:
             return candidate
-    raise ValueError(f"there is no {model!r}: random checkpoints are {', '.join(f'random:{kind}' for kind in known)}")
+    raise SyntheticError(
+        f"there is no {model!r}: random checkpoints are {', '.join(f'random:{kind}' for kind in known)}"
+    )
 
 
 def make_checkpoint(

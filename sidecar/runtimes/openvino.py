@@ -50,7 +50,7 @@ class OpenVinoRuntime(Runtime):
             self._request = compiled.create_infer_request()
         except (RuntimeError, KeyError) as error:
             raise RuntimeFault(f"OpenVINO could not load {load.graph.name} on {load.device}: {error}") from error
-        self.device = describe_device(core, compiled)
+        self.device = describe_device(core, compiled, load.precision)
         self._inputs = [port.any_name for port in compiled.inputs]
 
     def run(self, patches: Array, grids: Sequence[Grid], out: Array) -> None:
@@ -93,13 +93,15 @@ def compile_options(load: Load) -> dict[str, Any]:
     return options
 
 
-def describe_device(core: ov.Core, compiled: ov.CompiledModel) -> str:
+def describe_device(core: ov.Core, compiled: ov.CompiledModel, precision: str) -> str:
     """The device that will run, its name and the precision it really took, as the compiled model reports them."""
     devices = ",".join(compiled.get_property("EXECUTION_DEVICES"))
     name = core.get_property(devices.split(",")[0], "FULL_DEVICE_NAME").strip()
     threads = compiled.get_property("INFERENCE_NUM_THREADS")
-    precision = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
-    return f"{devices} ({name}, {threads} threads, {precision})"
+    arithmetic = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
+    if precision == "int8":
+        arithmetic = f"int8 weights, rest {arithmetic}"
+    return f"{devices} ({name}, {threads} threads, {arithmetic})"
 
 
 def graph_files(graph: Path) -> tuple[Path, Path]:

@@ -63,7 +63,7 @@ class OptimumRuntime(Runtime):
             if isinstance(error, RuntimeFault):
                 raise
             raise RuntimeFault(f"OpenVINO could not load {load.graph.name} on {load.device}: {error}") from error
-        self.device = describe_device(core, compiled)
+        self.device = describe_device(core, compiled, load.precision)
 
     def run(self, patches: Array, grids: Sequence[Grid], out: Array) -> None:
         # One item at a time: one mask over all of them would grow with the square of the run.
