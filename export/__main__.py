@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -48,6 +49,8 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
+    # Ended from outside, it tidies up as after Ctrl-C.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("huggingface_hub").propagate = False  # it has a handler of its own
     console = Console()
@@ -74,6 +77,11 @@ def main(arguments: list[str] | None = None) -> int:
                 artifact = export(job, console)
     except (ArtifactError, CheckpointError, ExportError, RuntimeFault, SyntheticError) as error:
         console.print(f"[bold red]export failed:[/] {error}", highlight=False, soft_wrap=True)
+        return 1
+    except OSError as error:
+        console.print(
+            f"[bold red]export failed:[/] {error.strerror}: {error.filename}", highlight=False, soft_wrap=True
+        )
         return 1
     except KeyboardInterrupt:
         console.print("interrupted; nothing was written")

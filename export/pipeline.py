@@ -10,23 +10,23 @@ before, and no half artifact is ever seen.
 from __future__ import annotations
 
 import gc
-import glob
 import hashlib
 import importlib.metadata
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from export.accuracy import BARS, measure, reference_embeddings
 from export.checkpoint import Checkpoint, open_checkpoint
+from export.destination import ExportError, check, publish, workplace
 from export.report import html_page, print_table
 from export.samples import samples
 from export.weights import load_tower, storage_dtype
@@ -43,10 +43,6 @@ REPORT = "accuracy.html"
 
 _SUFFIX = {"openvino": ".xml", "onnx": ".onnx", "torch": ".safetensors"}
 _VERSIONED = ("epd-encoder-sidecar", "torch", "openvino", "onnx", "onnxruntime", "numpy", "pillow")
-
-
-class ExportError(ValueError):
-    """What was asked for cannot be exported, or did not come out well enough to be sealed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,21 +122,15 @@ def run_stages(job: Job, write: Write, console: Console) -> Artifact:
         ExportError: if the destination will not do, or the result is below its accuracy bar; and whatever `write` raises.
         CheckpointError: if the checkpoint cannot be read.
     """
-    _check_destination(job.out)
+    # What is behind a link is replaced, not the link.
+    out = Path(os.path.realpath(job.out))
+    check(out)
     with _stages(console) as stage, stage("read checkpoint", None) as advance:
         checkpoint = open_checkpoint(job.model, revision=job.revision, progress=advance.absolute)
-    _sweep(job.out)
-    partial = job.out.with_name(f".{job.out.name}.partial-{os.getpid()}")
-    try:
-        partial.mkdir(parents=True)
-    except OSError as error:
-        raise ExportError(f"cannot write beside {job.out}: {error.strerror}; choose another --out") from None
-    try:
+    with workplace(out) as partial:
         manifest = _fill(job, checkpoint, write, partial, console)
         artifact = sealed.seal(partial, manifest)
-        _publish(partial, job.out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        publish(partial, out)
     return replace(artifact, directory=job.out)
 
 
@@ -179,6 +169,8 @@ def _measure(checkpoint: Checkpoint, variants: list[Variant], directory: Path, s
     pictures = list(samples(checkpoint.tower, checkpoint.pixels))
     with stage("float32 reference", checkpoint.tower.depth) as advance:
         references = reference_embeddings(checkpoint, pictures, advance)
+    if not all(np.isfinite(rows).all() and np.linalg.norm(rows, axis=1).all() for rows in references):
+        raise ExportError("the checkpoint's own embeddings are zero or not finite in float32; its weights are damaged")
     # From here on only the written graphs count; two sets of weights in memory would be one too many.
     checkpoint.close()
     gc.collect()
@@ -246,30 +238,6 @@ def _versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return versions
-
-
-def _check_destination(out: Path) -> None:
-    if out.exists() and not out.is_dir():
-        raise ExportError(f"{out} exists and is not a directory")
-    if out.is_dir() and any(out.iterdir()) and not (out / sealed.MANIFEST).is_file():
-        raise ExportError(f"{out} is not empty and holds no artifact; choose another --out")
-
-
-def _sweep(out: Path) -> None:
-    """Remove what exports to the same place left behind that were killed; one that is still at work keeps its own."""
-    for left in out.parent.glob(f".{glob.escape(out.name)}.*-*"):
-        kind, _, process = left.name.removeprefix(f".{out.name}.").rpartition("-")
-        if kind in ("partial", "retired") and process.isdigit() and not Path(f"/proc/{process}").exists():
-            shutil.rmtree(left, ignore_errors=True)
-
-
-def _publish(partial: Path, out: Path) -> None:
-    """Put the finished directory in the place of `out`."""
-    retired = out.with_name(f".{out.name}.retired-{os.getpid()}")
-    if out.exists():
-        out.rename(retired)
-    partial.rename(out)
-    shutil.rmtree(retired, ignore_errors=True)
 
 
 class Stage:

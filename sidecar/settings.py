@@ -132,6 +132,12 @@ class Settings:
         262_144,
         parse=_whole,
     )
+    max_held_bytes: int = _setting(
+        "bytes of requests and embeddings in calls that are not over; beyond it new calls are told to come back, so that "
+        "callers who do not read their answers cannot fill the memory",
+        1 << 30,
+        parse=int,
+    )
     drain_seconds: float = _setting(
         "how long SIGTERM waits for accepted work before giving up on it", 30.0, parse=_number
     )
@@ -158,6 +164,7 @@ class Settings:
             ("max_image_pixels", 1, _MAX_INT),
             ("max_item_patches", 1, _MAX_INT),
             ("max_queue_patches", 1, _MAX_INT),
+            ("max_held_bytes", 1, 1 << 62),
             ("drain_seconds", 0, _MAX_DRAIN_S),
         ):
             if not least <= getattr(self, name) <= most:
@@ -220,10 +227,10 @@ def _check_address(address: str) -> None:
     Raises:
         SettingsError: if the address is neither host:port nor a unix socket.
     """
-    if address.startswith(("unix:", "unix-abstract:")):
+    if address.startswith(("unix:", "unix-abstract:")) and not address.endswith(":") and address.isprintable():
         return
     host, _, port = address.rpartition(":")
-    if not host or not (port.isascii() and port.isdigit() and int(port) <= _MAX_PORT):
+    if not host or not (port.isascii() and port.isdigit() and len(port) <= 5 and int(port) <= _MAX_PORT):
         raise SettingsError(
             f"--listen takes host:port with a port from 0 (any that is free) to {_MAX_PORT}, or unix:/path; got {address!r}"
         )

@@ -78,6 +78,19 @@ def spawn(artifact: Path, directory: Path, *flags: str, listen: str) -> tuple[su
     return process, log
 
 
+def exit_code(process: subprocess.Popen[bytes], timeout_s: float = 30) -> int:
+    """Of a process that ends by itself; one that does not is killed, so that a failing test leaves nothing running.
+
+    Raises:
+        subprocess.TimeoutExpired: if it had to be.
+    """
+    try:
+        return process.wait(timeout_s)
+    finally:
+        process.kill()
+        process.wait()
+
+
 def start(artifact: Path, directory: Path, *flags: str, timeout_s: float = 60) -> Server:
     """Start a server on a free port and a unix socket, and return once it is ready."""
     process, log = spawn(artifact, directory, *flags, listen=f"127.0.0.1:0,unix:{directory / 'sock'}")

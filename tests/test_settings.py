@@ -36,6 +36,7 @@ SAMPLES: dict[str, tuple[str, Any, str, Any]] = {
     "max_image_pixels": ("5", 5, "6", 6),
     "max_item_patches": ("7", 7, "8", 8),
     "max_queue_patches": ("9", 9, "10", 10),
+    "max_held_bytes": ("11", 11, "12", 12),
     "drain_seconds": ("0", 0.0, "2.5", 2.5),
     "allow_below_bar": ("true", True, "no", False),
     "allow_unsealed": ("on", True, "0", False),

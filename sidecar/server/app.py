@@ -6,6 +6,7 @@ import asyncio
 import logging
 import signal
 import socket
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 # How long a run may go on once its callers have been sent away.
 _LAST_RUN_S = 1.0
+_PREPROCESS = "preprocess"
 
 
 class BindError(OSError):
@@ -50,7 +52,7 @@ async def serve(settings: Settings) -> bool:
     addresses = [_bind(server, address) for address in settings.listen]
     lane = await asyncio.to_thread(load_lane, artifact, variant, settings)
     scheduler = Scheduler([lane], settings.max_queue_patches)
-    preprocessing = ThreadPoolExecutor(settings.preprocess_threads, thread_name_prefix="preprocess")
+    preprocessing = ThreadPoolExecutor(settings.preprocess_threads, thread_name_prefix=_PREPROCESS)
     EncoderService(artifact.manifest, variant, scheduler, preprocessing, settings).add_to(server)
     health_service = health.HealthService([SERVICE])
     health_pb2_grpc.add_HealthServicer_to_server(health_service, server)
@@ -64,8 +66,19 @@ async def serve(settings: Settings) -> bool:
     await server.stop(settings.drain_seconds)
     preprocessing.shutdown(wait=False, cancel_futures=True)
     drained = await asyncio.to_thread(scheduler.close, _LAST_RUN_S)
+    # A decoder cannot be stopped either, and the interpreter would wait for it at its end.
+    drained = drained and not await asyncio.to_thread(_lingering, _LAST_RUN_S)
     logger.info("stopped" if drained else "stopped with a run still going on; its callers were told to go elsewhere")
     return drained
+
+
+def _lingering(timeout_s: float) -> list[threading.Thread]:
+    """Preprocessing threads that are still at work after `timeout_s`; idle ones end with their pool."""
+    until = time.perf_counter() + timeout_s
+    threads = [thread for thread in threading.enumerate() if thread.name.startswith(_PREPROCESS)]
+    for thread in threads:
+        thread.join(max(0.0, until - time.perf_counter()))
+    return [thread for thread in threads if thread.is_alive()]
 
 
 def _options(settings: Settings) -> list[tuple[str, int]]:

@@ -15,7 +15,7 @@ from sidecar.errors import InvalidItem, TooLarge
 from sidecar.pb import encoder_pb2
 from sidecar.vision.dtypes import DType
 from sidecar.vision.grid import Grid
-from sidecar.vision.images import decode_image
+from sidecar.vision.images import decode_image, image_size
 from sidecar.vision.pixels import (
     MAX_IMAGE_PIXELS,
     Patches,
@@ -65,6 +65,10 @@ class Preprocessor:
             if item.min_pixels or item.max_pixels:
                 raise InvalidItem("min_pixels and max_pixels do not apply to patches, which are resized already")
             return self._given(item.patches)
+        if item.min_pixels > (bound := max(self.pixels.max_pixels, self.pixels.video_max_pixels)):
+            raise InvalidItem(
+                f"min_pixels is {item.min_pixels}; it may not be over the model's own max_pixels, {bound}"
+            )
         model = (self.tower, self.pixels, item.min_pixels or None, item.max_pixels or None)
         if kind == "rgb_video":
             video = item.rgb_video
@@ -73,7 +77,11 @@ class Preprocessor:
             self._check_grid(video_grid(video.frames, video.height, video.width, *model))
             return video_patches(frames, *model)
         if kind == "image":
-            rgb = decode_image(item.image, max_image_pixels=min(self.max_image_pixels, MAX_IMAGE_PIXELS))
+            most = min(self.max_image_pixels, MAX_IMAGE_PIXELS)
+            # The grid is judged by the header first: a picture that is refused is not worth decoding.
+            height, width = image_size(item.image, max_image_pixels=most)
+            self._check_grid(image_grid(height, width, *model))
+            rgb = decode_image(item.image, max_image_pixels=most)
         else:
             self._check_size(1, item.rgb_image.height, item.rgb_image.width)
             rgb = _pixels(item.rgb_image.data, (item.rgb_image.height, item.rgb_image.width))

@@ -12,6 +12,7 @@ from pathlib import Path
 from sidecar.adopted import adopt_optimum, is_optimum_directory
 from sidecar.artifact import MANIFEST, Artifact, ArtifactError, Variant, open_artifact
 from sidecar.engine.lane import Lane
+from sidecar.runtimes import cache
 from sidecar.runtimes.base import Load
 from sidecar.runtimes.loading import load_runtime
 from sidecar.settings import Settings
@@ -87,6 +88,8 @@ def load_lane(artifact: Artifact, variant: Variant, settings: Settings) -> Lane:
         cache_dir=_writable(_cache_of(artifact, variant, settings.cache_dir)),
     )
     started = time.perf_counter()
+    if load.cache_dir is not None:
+        cache.discard_changed(load.cache_dir)
     with ThreadPoolExecutor(1) as verifying:
         verified = verifying.submit(artifact.verify, variant.files)
         try:
@@ -97,6 +100,8 @@ def load_lane(artifact: Artifact, variant: Variant, settings: Settings) -> Lane:
     loaded = time.perf_counter()
     lane = Lane(runtime, manifest.tower)
     lane.warm_up()
+    if load.cache_dir is not None:
+        cache.record(load.cache_dir)
     logger.info(
         "lane %s %s on %s, embeddings in %s; loaded in %.1f s, warm after %.1f s",
         variant.name,

@@ -18,7 +18,7 @@ from sidecar.artifact import Accuracy, Manifest, Variant
 from sidecar.engine.keys import content_key
 from sidecar.engine.lane import Encoded, Lane
 from sidecar.engine.scheduler import Scheduler
-from sidecar.errors import EncoderError, Fault, fault_of
+from sidecar.errors import EncoderError, Fault, Overloaded, fault_of
 from sidecar.pb import encoder_pb2
 from sidecar.server.contents import Preprocessor
 from sidecar.server.requests import parse_request
@@ -66,6 +66,7 @@ class EncoderService:
         self._variant = variant
         self._scheduler = scheduler
         self._preprocessing = preprocessing
+        self._held_bytes = 0  # of requests and embeddings, in calls that are not over
         self._settings = settings
         self._preprocessor = Preprocessor(
             manifest.tower, manifest.pixels, settings.max_image_pixels, settings.max_item_patches
@@ -120,16 +121,23 @@ class EncoderService:
     async def Encode(self, message: bytes, context: EncodeContext) -> AsyncIterator[encoder_pb2.EncodeResponse]:
         started = time.perf_counter()
         try:
+            self._admit(len(message))
             request = parse_request(message, self._settings.max_items)
         except EncoderError as error:
             status = rpc_status.to_status(fault_of(error).status())
             await context.abort_with_status(status)  # type: ignore[attr-defined]  # grpc-stubs lacks it
         answered = failed = 0
+        held = len(message)
+        self._held_bytes += held
         tasks = [asyncio.create_task(self._answer(index, item)) for index, item in enumerate(request.items)]
         try:
             for finished in asyncio.as_completed(tasks):
                 answer = await finished
                 failed += isinstance(answer.outcome, Fault)
+                if not isinstance(answer.outcome, Fault):
+                    result = answer.outcome[0].size_bytes
+                    held += result
+                    self._held_bytes += result
                 for part in _parts(answer):
                     yield part
                 answered += 1
@@ -137,8 +145,15 @@ class EncoderService:
             # The caller has gone, or everything is answered: nothing of this request may still run.
             for task in tasks:
                 task.cancel()
+            self._held_bytes -= held
             took_ms = (time.perf_counter() - started) * 1e3
             logger.info("encode items=%d answered=%d failed=%d ms=%.1f", len(tasks), answered, failed, took_ms)
+
+    def _admit(self, size: int) -> None:
+        """Callers who send and do not read what they get must not fill the memory."""
+        limit = self._settings.max_held_bytes
+        if self._held_bytes and self._held_bytes + size > limit:
+            raise Overloaded(f"calls in hand hold {self._held_bytes} bytes, the limit is {limit}", retry_after_s=1.0)
 
     async def _answer(self, index: int, item: encoder_pb2.Item) -> _Answer:
         try:

@@ -22,6 +22,10 @@ from sidecar.vision.pixels import MAX_IMAGE_PIXELS, Bytes, PixelError
 # PNG includes APNG; of an animation the first frame is taken.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "AVIF", "BMP", "TIFF")
 
+_START_OF_SCAN = b"\xff\xda"  # never inside coded data, where 0xff is escaped
+_USUAL_SCANS = 16
+_MOST_SCANNED_PIXELS = 1 << 30
+
 _LONGEST_SIGNATURE = 16  # as many bytes as Pillow shows to its readers
 
 Image.init()  # registers the readers
@@ -40,6 +44,7 @@ def decode_image(data: bytes, *, max_image_pixels: int = MAX_IMAGE_PIXELS) -> By
         raise PixelError(f"max_image_pixels must be from 1 to {MAX_IMAGE_PIXELS}, got {max_image_pixels}")
     image = _open(data, max_image_pixels)
     what = f"the {image.format} image of {image.width}×{image.height} pixels"
+    _check_scans(image, data, what)
     try:
         # A damaged compressed TIFF fails once and then passes for whole: vLLM, which loads twice, takes it.
         image.load()
@@ -48,6 +53,12 @@ def decode_image(data: bytes, *, max_image_pixels: int = MAX_IMAGE_PIXELS) -> By
         raise PixelError(f"not enough memory to decode {what}; send a smaller one") from error
     except Exception as error:
         raise PixelError(f"{what} is cut short or damaged: its header could be read, its pixels could not") from error
+
+
+def image_size(data: bytes, *, max_image_pixels: int = MAX_IMAGE_PIXELS) -> tuple[int, int]:
+    """Height and width as the header states them, before any EXIF turn; no pixel is decoded. Raises as `decode_image`."""
+    image = _open(data, max_image_pixels)
+    return image.height, image.width
 
 
 def _open(data: bytes, max_image_pixels: int) -> ImageFile.ImageFile:
@@ -80,6 +91,19 @@ def _open(data: bytes, max_image_pixels: int) -> ImageFile.ImageFile:
     if not data:
         raise PixelError("the image is empty: 0 bytes")
     raise PixelError(f"the {len(data)} bytes are not an image in a format taken here: {', '.join(FORMATS)}")
+
+
+def _check_scans(image: Image.Image, data: bytes, what: str) -> None:
+    """A progressive JPEG is gone over once for each of its scans, and an empty scan takes ten bytes: without a bound, a few
+    kilobytes would keep a decoder busy for minutes. Encoders write about ten scans.
+
+    Raises:
+        PixelError: if there are far more of them than the picture's size can explain.
+    """
+    if image.format in ("JPEG", "MPO") or "jpeg" in str(image.info.get("compression", "")):
+        scans = data.count(_START_OF_SCAN)
+        if scans * image.width * image.height > _MOST_SCANNED_PIXELS and scans > _USUAL_SCANS:
+            raise PixelError(f"{what} has {scans} scans, which would take too long to decode; save it again as usual")
 
 
 def _upright(image: Image.Image) -> Image.Image:

@@ -59,7 +59,7 @@ def test_weights_that_are_not_finite_are_refused_and_nothing_is_written(toy: Pat
     tensors[name] = torch.full_like(tensors[name], torch.nan)
     save_file(tensors, shard, {"format": "pt"})
     out = tmp_path / "artifact"
-    with pytest.raises(ExportError, match="below the accuracy bar"):
+    with pytest.raises(ExportError, match="weights are damaged"):
         export(torch_job(toy, out), QUIET)
     assert beside(out) == []
 
@@ -81,7 +81,7 @@ def test_a_failed_export_leaves_the_artifact_that_was_there(toy: Path, tmp_path:
 
 def test_what_a_killed_export_left_is_swept_and_a_living_one_s_work_is_not(toy: Path, tmp_path: Path) -> None:
     out = tmp_path / "artifact"
-    dead, living = tmp_path / ".artifact.partial-999999999", tmp_path / f".artifact.partial-{os.getppid()}"
+    dead, living = tmp_path / ".artifact.partial-1a-999999999", tmp_path / f".artifact.partial-1a-{os.getppid()}"
     for directory in (dead, living):
         directory.mkdir()
     export(torch_job(toy, out), QUIET)
@@ -97,8 +97,18 @@ def _full_directory(out: Path) -> None:
     (out / "thesis.txt").write_text("mine")
 
 
+def _foreign_manifest(out: Path) -> None:
+    out.mkdir()
+    (out / "manifest.json").write_text('{"name": "a browser extension"}')
+
+
 @pytest.mark.parametrize(
-    ("occupy", "message"), [(_file, "not a directory"), (_full_directory, "holds no artifact; choose another --out")]
+    ("occupy", "message"),
+    [
+        (_file, "not a directory"),
+        (_full_directory, "holds no artifact; choose another --out"),
+        (_foreign_manifest, "holds no artifact"),
+    ],
 )
 def test_a_destination_that_holds_something_else_is_left_alone(
     toy: Path, tmp_path: Path, occupy: Callable[[Path], None], message: str
@@ -108,6 +118,31 @@ def test_a_destination_that_holds_something_else_is_left_alone(
     with pytest.raises(ExportError, match=message):
         export(torch_job(toy, out), QUIET)
     assert out.exists()
+
+
+def test_a_file_that_somebody_keeps_in_an_artifact_is_not_removed(toy: Path, tmp_path: Path) -> None:
+    out = tmp_path / "artifact"
+    export(torch_job(toy, out), QUIET)
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(ExportError, match="notes.txt, which is no part of its artifact"):
+        export(torch_job(toy, out), QUIET)
+    assert (out / "notes.txt").read_text() == "mine"
+
+
+def test_a_link_stays_a_link_to_the_new_artifact(toy: Path, tmp_path: Path) -> None:
+    real, link = tmp_path / "volume" / "artifact", tmp_path / "artifact"
+    real.mkdir(parents=True)
+    link.symlink_to(real)
+    export(torch_job(toy, link), QUIET)
+    assert link.is_symlink()
+    open_artifact(real).verify()
+
+
+@pytest.mark.parametrize("out", ["/proc/nope", "FILE/artifact", "n" * 300, "/"])
+def test_a_place_that_cannot_be_written_to_is_named(toy: Path, tmp_path: Path, out: str) -> None:
+    (tmp_path / "FILE").write_text("")
+    with pytest.raises(ExportError, match="cannot write to|names no directory"):
+        export(torch_job(toy, tmp_path / out), QUIET)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from pictures import encoded, picture
-from servers import Server, spawn
+from servers import Server, exit_code, spawn
 
 from sidecar.client import Embedding, EncodeError, EncoderClient, ItemError, Result
 from sidecar.items import image_item, rgb_image_item
@@ -35,7 +35,7 @@ def background() -> Iterator[ThreadPoolExecutor]:
 def refused_start(artifact: Path, directory: Path, listen: str, *flags: str) -> str:
     """The log of a server that ends with code 2 instead of serving."""
     process, log = spawn(artifact, directory, *flags, listen=listen)
-    assert process.wait(30) == 2, log.read_text()
+    assert exit_code(process) == 2, log.read_text()
     return log.read_text()
 
 
@@ -103,12 +103,12 @@ def test_sigterm_while_it_loads_is_a_clean_end(toy_artifact: Path, tmp_path: Pat
     """The first process of a container does not die of a signal that it does not handle."""
     process, log = spawn(toy_artifact, tmp_path, listen=f"unix:{tmp_path / 'sock'}")
     ends = time.monotonic() + 30
-    while not (tmp_path / "sock").exists():
-        assert process.poll() is None and time.monotonic() < ends, log.read_text()
+    while not (tmp_path / "sock").exists() and process.poll() is None and time.monotonic() < ends:
         time.sleep(0.005)
-    assert "ready" not in log.read_text()
+    said = log.read_text()
     process.terminate()
-    assert process.wait(30) == 0, log.read_text()
+    assert exit_code(process) == 0, log.read_text()
+    assert "ready" not in said
 
 
 def test_a_health_watcher_is_told_and_does_not_hold_up_the_end(start_server: StartServer) -> None:
@@ -212,4 +212,4 @@ def test_a_client_that_comes_before_it_is_ready_waits_and_is_served(
             assert isinstance(client.encode([SMALL], timeout_s=20)[0], Embedding)
     finally:
         process.terminate()
-        assert process.wait(30) == 0, log.read_text()
+        assert exit_code(process) == 0, log.read_text()

@@ -276,3 +276,14 @@ def test_damaged_bytes_give_what_vllm_loads_or_a_pixel_error(
     assert rgb.shape[2] == 3
     assert 0 < rgb.shape[0] * rgb.shape[1] <= 200_000
     np.testing.assert_array_equal(rgb, loaded_by_vllm(bytes(data)))
+
+
+def test_a_jpeg_of_thousands_of_empty_scans_is_refused_before_it_is_decoded() -> None:
+    """libjpeg goes over the whole picture for each of them."""
+    buffer = BytesIO()
+    Image.new("L", (4000, 3000)).save(buffer, "JPEG", progressive=True)
+    whole = buffer.getvalue()
+    scan = whole[whole.index(b"\xff\xda") : whole.index(b"\xff\xda") + 10]
+    with pytest.raises(PixelError, match="scans, which would take too long"):
+        decode_image(whole[:-2] + scan * 1000 + whole[-2:])
+    assert decode_image(whole).shape == (3000, 4000, 3)
