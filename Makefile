@@ -36,7 +36,7 @@ test: $(READY)
 	$(BIN)/python -m pytest -m 'not slow'
 
 test-slow: $(READY)
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow -s
 
 # transformers' other processor. Its torchvision is a CUDA build, so it lies beside the environment and not in it.
 test-torchvision: $(READY)
