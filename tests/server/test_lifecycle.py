@@ -213,3 +213,17 @@ def test_a_client_that_comes_before_it_is_ready_waits_and_is_served(
     finally:
         process.terminate()
         assert exit_code(process) == 0, log.read_text()
+
+
+def test_a_call_beyond_what_may_be_held_is_told_to_come_back(
+    start_server: StartServer, background: ThreadPoolExecutor
+) -> None:
+    server = start_server("--max-held-bytes", "1000000", "--threads", "1")
+    with server.client() as client:
+        work = background.submit(client.encode, [SLOWER], 60)  # alone it passes, whatever its size
+        accepted(server, work)
+        with pytest.raises(EncodeError, match="RESOURCE_EXHAUSTED.*calls in hand hold") as refused:
+            client.encode([SLOWER], 60)
+        assert refused.value.retry_delay_s == 1.0
+        assert isinstance(work.result(60)[0], Embedding)
+        assert isinstance(client.encode([SLOW], 60)[0], Embedding), "what was held was not given back"
