@@ -15,11 +15,18 @@ class DType(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     FLOAT32: _ClassVar[DType]
     FLOAT16: _ClassVar[DType]
     BFLOAT16: _ClassVar[DType]
+
+class Delivery(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    INLINE: _ClassVar[Delivery]
+    STORED: _ClassVar[Delivery]
 DTYPE_UNSPECIFIED: DType
 UINT8: DType
 FLOAT32: DType
 FLOAT16: DType
 BFLOAT16: DType
+INLINE: Delivery
+STORED: Delivery
 
 class Grid(_message.Message):
     __slots__ = ("t", "h", "w")
@@ -32,18 +39,41 @@ class Grid(_message.Message):
     def __init__(self, t: _Optional[int] = ..., h: _Optional[int] = ..., w: _Optional[int] = ...) -> None: ...
 
 class EncodeRequest(_message.Message):
-    __slots__ = ("items",)
+    __slots__ = ("items", "delivery")
     ITEMS_FIELD_NUMBER: _ClassVar[int]
+    DELIVERY_FIELD_NUMBER: _ClassVar[int]
     items: _containers.RepeatedCompositeFieldContainer[Item]
-    def __init__(self, items: _Optional[_Iterable[_Union[Item, _Mapping]]] = ...) -> None: ...
+    delivery: Delivery
+    def __init__(self, items: _Optional[_Iterable[_Union[Item, _Mapping]]] = ..., delivery: _Optional[_Union[Delivery, str]] = ...) -> None: ...
+
+class FetchRequest(_message.Message):
+    __slots__ = ("keys", "delivery")
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    DELIVERY_FIELD_NUMBER: _ClassVar[int]
+    keys: _containers.RepeatedScalarFieldContainer[str]
+    delivery: Delivery
+    def __init__(self, keys: _Optional[_Iterable[str]] = ..., delivery: _Optional[_Union[Delivery, str]] = ...) -> None: ...
+
+class ReleaseRequest(_message.Message):
+    __slots__ = ("leases",)
+    LEASES_FIELD_NUMBER: _ClassVar[int]
+    leases: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, leases: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class ReleaseResponse(_message.Message):
+    __slots__ = ("released",)
+    RELEASED_FIELD_NUMBER: _ClassVar[int]
+    released: int
+    def __init__(self, released: _Optional[int] = ...) -> None: ...
 
 class Item(_message.Message):
-    __slots__ = ("key", "image", "rgb_image", "rgb_video", "patches", "min_pixels", "max_pixels")
+    __slots__ = ("key", "image", "rgb_image", "rgb_video", "patches", "url", "min_pixels", "max_pixels")
     KEY_FIELD_NUMBER: _ClassVar[int]
     IMAGE_FIELD_NUMBER: _ClassVar[int]
     RGB_IMAGE_FIELD_NUMBER: _ClassVar[int]
     RGB_VIDEO_FIELD_NUMBER: _ClassVar[int]
     PATCHES_FIELD_NUMBER: _ClassVar[int]
+    URL_FIELD_NUMBER: _ClassVar[int]
     MIN_PIXELS_FIELD_NUMBER: _ClassVar[int]
     MAX_PIXELS_FIELD_NUMBER: _ClassVar[int]
     key: str
@@ -51,9 +81,10 @@ class Item(_message.Message):
     rgb_image: RgbImage
     rgb_video: RgbVideo
     patches: Patches
+    url: str
     min_pixels: int
     max_pixels: int
-    def __init__(self, key: _Optional[str] = ..., image: _Optional[bytes] = ..., rgb_image: _Optional[_Union[RgbImage, _Mapping]] = ..., rgb_video: _Optional[_Union[RgbVideo, _Mapping]] = ..., patches: _Optional[_Union[Patches, _Mapping]] = ..., min_pixels: _Optional[int] = ..., max_pixels: _Optional[int] = ...) -> None: ...
+    def __init__(self, key: _Optional[str] = ..., image: _Optional[bytes] = ..., rgb_image: _Optional[_Union[RgbImage, _Mapping]] = ..., rgb_video: _Optional[_Union[RgbVideo, _Mapping]] = ..., patches: _Optional[_Union[Patches, _Mapping]] = ..., url: _Optional[str] = ..., min_pixels: _Optional[int] = ..., max_pixels: _Optional[int] = ...) -> None: ...
 
 class RgbImage(_message.Message):
     __slots__ = ("height", "width", "data")
@@ -112,7 +143,7 @@ class EncodeResponse(_message.Message):
     def __init__(self, index: _Optional[int] = ..., embedding: _Optional[_Union[Embedding, _Mapping]] = ..., chunk: _Optional[_Union[Chunk, _Mapping]] = ..., error: _Optional[_Union[_status_pb2.Status, _Mapping]] = ...) -> None: ...
 
 class Embedding(_message.Message):
-    __slots__ = ("key", "grid", "tokens", "width", "dtype", "size_bytes", "fingerprint", "lane", "times")
+    __slots__ = ("key", "grid", "tokens", "width", "dtype", "size_bytes", "fingerprint", "lane", "times", "file", "cached", "coalesced")
     KEY_FIELD_NUMBER: _ClassVar[int]
     GRID_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -122,6 +153,9 @@ class Embedding(_message.Message):
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     LANE_FIELD_NUMBER: _ClassVar[int]
     TIMES_FIELD_NUMBER: _ClassVar[int]
+    FILE_FIELD_NUMBER: _ClassVar[int]
+    CACHED_FIELD_NUMBER: _ClassVar[int]
+    COALESCED_FIELD_NUMBER: _ClassVar[int]
     key: str
     grid: Grid
     tokens: int
@@ -131,7 +165,22 @@ class Embedding(_message.Message):
     fingerprint: str
     lane: Lane
     times: StageTimes
-    def __init__(self, key: _Optional[str] = ..., grid: _Optional[_Union[Grid, _Mapping]] = ..., tokens: _Optional[int] = ..., width: _Optional[int] = ..., dtype: _Optional[_Union[DType, str]] = ..., size_bytes: _Optional[int] = ..., fingerprint: _Optional[str] = ..., lane: _Optional[_Union[Lane, _Mapping]] = ..., times: _Optional[_Union[StageTimes, _Mapping]] = ...) -> None: ...
+    file: File
+    cached: bool
+    coalesced: bool
+    def __init__(self, key: _Optional[str] = ..., grid: _Optional[_Union[Grid, _Mapping]] = ..., tokens: _Optional[int] = ..., width: _Optional[int] = ..., dtype: _Optional[_Union[DType, str]] = ..., size_bytes: _Optional[int] = ..., fingerprint: _Optional[str] = ..., lane: _Optional[_Union[Lane, _Mapping]] = ..., times: _Optional[_Union[StageTimes, _Mapping]] = ..., file: _Optional[_Union[File, _Mapping]] = ..., cached: bool = ..., coalesced: bool = ...) -> None: ...
+
+class File(_message.Message):
+    __slots__ = ("path", "name", "lease", "lease_seconds")
+    PATH_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    LEASE_FIELD_NUMBER: _ClassVar[int]
+    LEASE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    path: str
+    name: str
+    lease: str
+    lease_seconds: float
+    def __init__(self, path: _Optional[str] = ..., name: _Optional[str] = ..., lease: _Optional[str] = ..., lease_seconds: _Optional[float] = ...) -> None: ...
 
 class Chunk(_message.Message):
     __slots__ = ("offset", "data")
@@ -152,21 +201,25 @@ class Lane(_message.Message):
     def __init__(self, runtime: _Optional[str] = ..., device: _Optional[str] = ..., precision: _Optional[str] = ...) -> None: ...
 
 class StageTimes(_message.Message):
-    __slots__ = ("preprocess_ms", "queue_ms", "run_ms")
+    __slots__ = ("preprocess_ms", "queue_ms", "run_ms", "decode_ms", "publish_ms")
     PREPROCESS_MS_FIELD_NUMBER: _ClassVar[int]
     QUEUE_MS_FIELD_NUMBER: _ClassVar[int]
     RUN_MS_FIELD_NUMBER: _ClassVar[int]
+    DECODE_MS_FIELD_NUMBER: _ClassVar[int]
+    PUBLISH_MS_FIELD_NUMBER: _ClassVar[int]
     preprocess_ms: float
     queue_ms: float
     run_ms: float
-    def __init__(self, preprocess_ms: _Optional[float] = ..., queue_ms: _Optional[float] = ..., run_ms: _Optional[float] = ...) -> None: ...
+    decode_ms: float
+    publish_ms: float
+    def __init__(self, preprocess_ms: _Optional[float] = ..., queue_ms: _Optional[float] = ..., run_ms: _Optional[float] = ..., decode_ms: _Optional[float] = ..., publish_ms: _Optional[float] = ...) -> None: ...
 
 class InfoRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
 class InfoResponse(_message.Message):
-    __slots__ = ("version", "fingerprint", "checkpoint", "tower", "pixels", "embedding_dtype", "lanes", "limits", "accuracy")
+    __slots__ = ("version", "fingerprint", "checkpoint", "tower", "pixels", "embedding_dtype", "lanes", "limits", "accuracy", "store")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
@@ -176,6 +229,7 @@ class InfoResponse(_message.Message):
     LANES_FIELD_NUMBER: _ClassVar[int]
     LIMITS_FIELD_NUMBER: _ClassVar[int]
     ACCURACY_FIELD_NUMBER: _ClassVar[int]
+    STORE_FIELD_NUMBER: _ClassVar[int]
     version: str
     fingerprint: str
     checkpoint: Checkpoint
@@ -185,7 +239,18 @@ class InfoResponse(_message.Message):
     lanes: _containers.RepeatedCompositeFieldContainer[Lane]
     limits: Limits
     accuracy: _containers.RepeatedCompositeFieldContainer[Accuracy]
-    def __init__(self, version: _Optional[str] = ..., fingerprint: _Optional[str] = ..., checkpoint: _Optional[_Union[Checkpoint, _Mapping]] = ..., tower: _Optional[_Union[TowerSpec, _Mapping]] = ..., pixels: _Optional[_Union[PixelSpec, _Mapping]] = ..., embedding_dtype: _Optional[_Union[DType, str]] = ..., lanes: _Optional[_Iterable[_Union[Lane, _Mapping]]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., accuracy: _Optional[_Iterable[_Union[Accuracy, _Mapping]]] = ...) -> None: ...
+    store: Store
+    def __init__(self, version: _Optional[str] = ..., fingerprint: _Optional[str] = ..., checkpoint: _Optional[_Union[Checkpoint, _Mapping]] = ..., tower: _Optional[_Union[TowerSpec, _Mapping]] = ..., pixels: _Optional[_Union[PixelSpec, _Mapping]] = ..., embedding_dtype: _Optional[_Union[DType, str]] = ..., lanes: _Optional[_Iterable[_Union[Lane, _Mapping]]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., accuracy: _Optional[_Iterable[_Union[Accuracy, _Mapping]]] = ..., store: _Optional[_Union[Store, _Mapping]] = ...) -> None: ...
+
+class Store(_message.Message):
+    __slots__ = ("directory", "capacity_bytes", "lease_seconds")
+    DIRECTORY_FIELD_NUMBER: _ClassVar[int]
+    CAPACITY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    LEASE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    directory: str
+    capacity_bytes: int
+    lease_seconds: float
+    def __init__(self, directory: _Optional[str] = ..., capacity_bytes: _Optional[int] = ..., lease_seconds: _Optional[float] = ...) -> None: ...
 
 class Checkpoint(_message.Message):
     __slots__ = ("source", "dtype", "random_weights")
@@ -234,16 +299,18 @@ class PixelSpec(_message.Message):
     def __init__(self, image_mean: _Optional[_Iterable[float]] = ..., image_std: _Optional[_Iterable[float]] = ..., rescale_factor: _Optional[float] = ..., min_pixels: _Optional[int] = ..., max_pixels: _Optional[int] = ..., video_min_pixels: _Optional[int] = ..., video_max_pixels: _Optional[int] = ...) -> None: ...
 
 class Limits(_message.Message):
-    __slots__ = ("message_bytes", "items", "image_pixels", "item_patches")
+    __slots__ = ("message_bytes", "items", "image_pixels", "item_patches", "urls")
     MESSAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
     ITEMS_FIELD_NUMBER: _ClassVar[int]
     IMAGE_PIXELS_FIELD_NUMBER: _ClassVar[int]
     ITEM_PATCHES_FIELD_NUMBER: _ClassVar[int]
+    URLS_FIELD_NUMBER: _ClassVar[int]
     message_bytes: int
     items: int
     image_pixels: int
     item_patches: int
-    def __init__(self, message_bytes: _Optional[int] = ..., items: _Optional[int] = ..., image_pixels: _Optional[int] = ..., item_patches: _Optional[int] = ...) -> None: ...
+    urls: bool
+    def __init__(self, message_bytes: _Optional[int] = ..., items: _Optional[int] = ..., image_pixels: _Optional[int] = ..., item_patches: _Optional[int] = ..., urls: bool = ...) -> None: ...
 
 class Accuracy(_message.Message):
     __slots__ = ("runtime", "precision", "cosine_min", "cosine_mean", "relative_error")

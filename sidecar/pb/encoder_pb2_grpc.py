@@ -44,6 +44,16 @@ class EncoderStub(object):
                 request_serializer=sidecar_dot_pb_dot_encoder__pb2.EncodeRequest.SerializeToString,
                 response_deserializer=sidecar_dot_pb_dot_encoder__pb2.EncodeResponse.FromString,
                 _registered_method=True)
+        self.Fetch = channel.unary_stream(
+                '/epd.encoder.v1.Encoder/Fetch',
+                request_serializer=sidecar_dot_pb_dot_encoder__pb2.FetchRequest.SerializeToString,
+                response_deserializer=sidecar_dot_pb_dot_encoder__pb2.EncodeResponse.FromString,
+                _registered_method=True)
+        self.Release = channel.unary_unary(
+                '/epd.encoder.v1.Encoder/Release',
+                request_serializer=sidecar_dot_pb_dot_encoder__pb2.ReleaseRequest.SerializeToString,
+                response_deserializer=sidecar_dot_pb_dot_encoder__pb2.ReleaseResponse.FromString,
+                _registered_method=True)
 
 
 class EncoderServicer(object):
@@ -65,6 +75,20 @@ class EncoderServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Fetch(self, request, context):
+        """Embeddings that the store has, by key; answered as `Encode` answers. A key that it does not have is NOT_FOUND.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Release(self, request, context):
+        """Ends leases. Leases that are not known, because they expired or were released before, are not counted and no error.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_EncoderServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -77,6 +101,16 @@ def add_EncoderServicer_to_server(servicer, server):
                     servicer.Encode,
                     request_deserializer=sidecar_dot_pb_dot_encoder__pb2.EncodeRequest.FromString,
                     response_serializer=sidecar_dot_pb_dot_encoder__pb2.EncodeResponse.SerializeToString,
+            ),
+            'Fetch': grpc.unary_stream_rpc_method_handler(
+                    servicer.Fetch,
+                    request_deserializer=sidecar_dot_pb_dot_encoder__pb2.FetchRequest.FromString,
+                    response_serializer=sidecar_dot_pb_dot_encoder__pb2.EncodeResponse.SerializeToString,
+            ),
+            'Release': grpc.unary_unary_rpc_method_handler(
+                    servicer.Release,
+                    request_deserializer=sidecar_dot_pb_dot_encoder__pb2.ReleaseRequest.FromString,
+                    response_serializer=sidecar_dot_pb_dot_encoder__pb2.ReleaseResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -133,6 +167,60 @@ class Encoder(object):
             '/epd.encoder.v1.Encoder/Encode',
             sidecar_dot_pb_dot_encoder__pb2.EncodeRequest.SerializeToString,
             sidecar_dot_pb_dot_encoder__pb2.EncodeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Fetch(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/epd.encoder.v1.Encoder/Fetch',
+            sidecar_dot_pb_dot_encoder__pb2.FetchRequest.SerializeToString,
+            sidecar_dot_pb_dot_encoder__pb2.EncodeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Release(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/epd.encoder.v1.Encoder/Release',
+            sidecar_dot_pb_dot_encoder__pb2.ReleaseRequest.SerializeToString,
+            sidecar_dot_pb_dot_encoder__pb2.ReleaseResponse.FromString,
             options,
             channel_credentials,
             insecure,
