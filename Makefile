@@ -6,20 +6,26 @@ FORMAT ?= openvino
 PRECISION ?= bf16,int8
 LISTEN ?= 127.0.0.1:50051
 DEVICE ?= cpu
+DOCKER ?= docker
+TAG ?= epd-encoder-sidecar:latest
+EXTRAS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help demo test test-slow test-torchvision test-serving export serve bench lint format proto optimum-env clean
+.PHONY: help demo test test-browser test-slow test-torchvision test-serving export serve bench lint format proto optimum-env container container-proof clean
 
 help:
 	@echo "make demo              a toy checkpoint becomes an artifact, is served, and encodes real photos"
 	@echo "make test              the tests, under 5 minutes"
 	@echo "make export MODEL=…    a checkpoint's vision tower becomes the artifact OUT=$(OUT)"
 	@echo "make serve MODEL=…     serve it on LISTEN=$(LISTEN); further flags in ARGS='--precision int8 …'"
+	@echo "make test-browser      the status page in a real browser"
 	@echo "make test-slow         the tests at real size"
 	@echo "make test-serving      a serving install alone: what it takes and that it serves"
+	@echo "make container         the image TAG=$(TAG); more in deploy/README.md"
+	@echo "make container-proof   the image's steps and a container of it without an engine (root, Debian)"
 	@echo "make bench             the figures of docs/performance.md"
 	@echo "make lint | format | proto | optimum-env | clean"
 
@@ -37,6 +43,11 @@ test: $(READY)
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow -s
+
+# Debian's browser and its driver, where they are missing; elsewhere install chromium and chromedriver by hand.
+test-browser: $(READY)
+	command -v chromedriver >/dev/null || apt-get install --yes --no-install-recommends chromium chromium-driver
+	$(BIN)/python -m pytest tests/browser
 
 # transformers' other processor. Its torchvision is a CUDA build, so it lies beside the environment and not in it.
 test-torchvision: $(READY)
@@ -83,5 +94,15 @@ proto:
 	  -I$$(.venv-proto/bin/python -c 'import google.rpc.status_pb2 as s, pathlib; print(pathlib.Path(s.__file__).parents[2])') \
 	  --python_out=. --pyi_out=. --grpc_python_out=. sidecar/pb/encoder.proto
 
+# EXTRAS=torch for CUDA. With ARTIFACT=DIR the artifact is baked in.
+container:
+	$(DOCKER) build --file deploy/Dockerfile --tag '$(TAG)' --build-arg EXTRAS='$(EXTRAS)' \
+	  --build-arg VERSION="$$(sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)" \
+	  --build-arg REVISION="$$(git rev-parse HEAD)" \
+	  $(if $(ARTIFACT),--target baked --build-context artifact='$(ARTIFACT)') .
+
+container-proof: $(if $(ARTIFACT),,$(READY))
+	ARTIFACT='$(ARTIFACT)' deploy/rootfs.sh
+
 clean:
-	rm -rf .venv .venv-* build dist artifacts checkpoints demo *.egg-info
+	rm -rf .venv .venv-* .rootfs build dist artifacts checkpoints demo *.egg-info

@@ -1,20 +1,25 @@
-"""`python -m sidecar COMMAND`: serve, encode, info."""
+"""`python -m sidecar COMMAND`: serve, encode, info, health."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from importlib import import_module
 
 from sidecar import __version__
-from sidecar.commands import encode, info, serve
+
+COMMANDS = ("serve", "encode", "info", "health")
 
 
 def main(arguments: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(prog="python -m sidecar", description=__doc__, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=__version__)
     subparsers = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for command in (serve, encode, info):
-        command.add_parser(subparsers)
+    # Only the command that is asked for is imported: a health probe must not load what serving needs.
+    asked = [name for name in COMMANDS if name in arguments[:1]]
+    for name in asked or COMMANDS:
+        import_module(f"sidecar.commands.{name}").add_parser(subparsers)
     options = parser.parse_args(arguments)
     code: int = options.run(options)
     return code

@@ -15,19 +15,21 @@ here but gRPC's own of calls that no server has seen: only the caller knows whet
 from __future__ import annotations
 
 import asyncio
-import json
+import os
 import time
 from collections.abc import AsyncGenerator, Generator, Sequence
-from contextlib import contextmanager
+from contextlib import aclosing
+from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self, cast
+from typing import Any, Self, cast
 
 import grpc
 import grpc.aio
-from google.protobuf.message import DecodeError
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_status import rpc_status
 
+from sidecar.channel import CHANNEL_OPTIONS, RELEASE_S, Patience, check_target, failure_of, own_errors
+from sidecar.credentials import bearer_metadata
+from sidecar.exchange import Exchange
 from sidecar.items import Item, image_item, patches_item, rgb_image_item, rgb_video_item
 from sidecar.pb import encoder_pb2, encoder_pb2_grpc
 from sidecar.replies import (
@@ -37,10 +39,8 @@ from sidecar.replies import (
     EncodeError,
     ItemError,
     ProtocolError,
-    Replies,
     RequestTooLargeError,
     Result,
-    item_error,
 )
 
 __all__ = [
@@ -60,36 +60,9 @@ __all__ = [
     "rgb_video_item",
 ]
 
-# gRPC's own balancing by the servers' load reports. The default blackout, 10 s during which a new server's reports are
-# not yet believed, is longer than a burst of requests.
-_SERVICE_CONFIG = {
-    "loadBalancingConfig": [
-        {"weighted_round_robin": {"blackoutPeriod": "1s", "weightUpdatePeriod": "1s"}},
-        {"round_robin": {}},
-    ]
-}
-_CHANNEL_OPTIONS: tuple[tuple[str, Any], ...] = (
-    # The server's limit decides what a request may weigh. Replies come in chunks below gRPC's default of 4 MB.
-    ("grpc.max_send_message_length", -1),
-    # A host that vanished without a word is noticed within 80 s during a call, and as soon as 20 s when data is sent.
-    ("grpc.keepalive_time_ms", 60_000),
-    ("grpc.keepalive_timeout_ms", 20_000),
-    # A sidecar that restarts is found again within 5 s; gRPC's default may sleep for 2 minutes.
-    ("grpc.initial_reconnect_backoff_ms", 250),
-    ("grpc.max_reconnect_backoff_ms", 5_000),
-    ("grpc.service_config", json.dumps(_SERVICE_CONFIG)),
-)
-_READY_POLL_S = 0.2
 # The generated classes carry no annotations; replies are typed where they are used.
 _EncoderStub: Any = encoder_pb2_grpc.EncoderStub
 _HealthStub: Any = health_pb2_grpc.HealthStub
-
-
-class _FailedCall(Protocol):
-    """What a sync and an asyncio RpcError have in common."""
-
-    def code(self) -> grpc.StatusCode: ...
-    def details(self) -> str | None: ...
 
 
 class EncoderClient:
@@ -97,13 +70,16 @@ class EncoderClient:
 
     Args:
         address: the server, or servers.
-        credentials: for TLS, as from `grpc.ssl_channel_credentials`; None is plaintext.
+        credentials: for TLS, as from `sidecar.credentials.client_credentials`; None is plaintext.
+        token: goes out with each call, for a server that has --token-file. Without TLS, whoever hears the call has it.
         channel: use this one instead of opening one to `address`; it stays the caller's to close.
         options: further channel arguments, which win over this module's.
+        store: the server's --store, where this process can read it: embeddings are then mapped instead of sent. Nothing
+            outside this directory is opened. Where it cannot be read, embeddings are sent all the same.
         max_embedding_bytes: a reply that announces more for one item is refused as a `ProtocolError`.
 
     Raises:
-        ValueError: if not exactly one of `address` and `channel` is given.
+        ValueError: if not exactly one of `address` and `channel` is given, or `token` cannot be one.
     """
 
     def __init__(
@@ -111,14 +87,19 @@ class EncoderClient:
         address: str | None = None,
         *,
         credentials: grpc.ChannelCredentials | None = None,
+        token: str | None = None,
         channel: grpc.Channel | None = None,
         options: Sequence[tuple[str, Any]] = (),
+        store: str | os.PathLike[str] | None = None,
         max_embedding_bytes: int = DEFAULT_MAX_EMBEDDING_BYTES,
     ) -> None:
-        _check_target(address, channel)
+        check_target(address, channel)
+        self._metadata = (*bearer_metadata(token), ("epd-client", f"{os.getpid()}-{id(self):x}"))
+        self._store = None if store is None else Path(store)
+        self._delivery = encoder_pb2.INLINE if store is None else encoder_pb2.STORED
         self._owned: grpc.Channel | None = None
         if channel is None:
-            every_option = (*_CHANNEL_OPTIONS, *options)
+            every_option = (*CHANNEL_OPTIONS, *options)
             if credentials is None:
                 channel = grpc.insecure_channel(cast(str, address), every_option)
             else:
@@ -128,34 +109,68 @@ class EncoderClient:
         self._health = _HealthStub(channel)
         self._max_embedding_bytes = max_embedding_bytes
 
-    def encode(self, items: Sequence[Item], timeout_s: float | None = None) -> list[Result]:
+    def encode(self, items: Sequence[Item], timeout_s: float | None = None, *, hold: bool = False) -> list[Result]:
         """Encode items in one call; the results are in the items' order.
+
+        Args:
+            hold: keep the leases of embeddings that are files of the store: their paths may then be handed on, until
+                `release` or until the leases expire.
 
         Raises:
             EncodeError: if the call failed as a whole. What was finished by then is lost: `encode_stream` keeps it.
             ProtocolError: if the reply breaks the contract.
         """
-        results = dict(self.encode_stream(items, timeout_s))
+        results = dict(self.encode_stream(items, timeout_s, hold=hold))
         return [results[index] for index in range(len(items))]
 
     def encode_stream(
-        self, items: Sequence[Item], timeout_s: float | None = None
+        self, items: Sequence[Item], timeout_s: float | None = None, *, hold: bool = False
     ) -> Generator[tuple[int, Result], None, None]:
         """Yield (index, result) for each item as it finishes.
 
         The call begins with the first `next`; closing the generator early cancels what remains. Raises as `encode`
         does, after the items that came before the failure.
         """
-        replies = Replies(items, max_embedding_bytes=self._max_embedding_bytes)
-        with _own_errors():
-            call = self._stub.Encode(encoder_pb2.EncodeRequest(items=items), timeout=timeout_s)
+        request = encoder_pb2.EncodeRequest(items=items, delivery=self._delivery)
+        yield from self._exchange(self._stub.Encode, request, items, hold, timeout_s)
+
+    def fetch(self, keys: Sequence[str], timeout_s: float | None = None, *, hold: bool = False) -> list[Result]:
+        """Embeddings that the server's store has; NOT_FOUND for each that it does not. As `encode`."""
+        items = [Item(key=key) for key in keys]
+        request = encoder_pb2.FetchRequest(keys=keys, delivery=self._delivery)
+        results = dict(self._exchange(self._stub.Fetch, request, items, hold, timeout_s))
+        return [results[index] for index in range(len(keys))]
+
+    def release(self, leases: Sequence[str], timeout_s: float | None = None) -> int:
+        """Give leases back; returns how many of them were still held.
+
+        Raises:
+            EncodeError: if the call failed.
+        """
+        with own_errors():
+            request = encoder_pb2.ReleaseRequest(leases=leases)
+            answer = self._stub.Release(request, timeout=timeout_s, metadata=self._metadata)
+            return cast(encoder_pb2.ReleaseResponse, answer).released
+
+    def _exchange(
+        self, method: Any, request: Any, items: Sequence[Item], hold: bool, timeout_s: float | None
+    ) -> Generator[tuple[int, Result], None, None]:
+        exchange = Exchange(items, self._max_embedding_bytes, self._store, hold=hold, timeout_s=timeout_s)
+        with own_errors():
             try:
-                for response in call:
-                    if (done := replies.accept(response)) is not None:
-                        yield done
-                replies.finish()
+                while request is not None:
+                    call = method(request, timeout=exchange.timeout_s, metadata=self._metadata)
+                    try:
+                        for response in call:
+                            if (done := exchange.accept(response)) is not None:
+                                yield done
+                    finally:
+                        call.cancel()
+                    method, request = self._stub.Fetch, exchange.finish()
             finally:
-                call.cancel()
+                if (leases := exchange.to_release()) is not None:
+                    # Nobody waits for it: what is mapped stays mapped, and a lease that is not given back expires.
+                    self._stub.Release.future(leases, timeout=RELEASE_S, metadata=self._metadata)
 
     def encode_image(
         self,
@@ -184,8 +199,9 @@ class EncoderClient:
         Raises:
             EncodeError: if the call failed.
         """
-        with _own_errors():
-            return cast(encoder_pb2.InfoResponse, self._stub.Info(encoder_pb2.InfoRequest(), timeout=timeout_s))
+        with own_errors():
+            reply = self._stub.Info(encoder_pb2.InfoRequest(), timeout=timeout_s, metadata=self._metadata)
+            return cast(encoder_pb2.InfoResponse, reply)
 
     def wait_ready(self, timeout_s: float) -> None:
         """Return once the server answers grpc.health.v1 with SERVING, waiting for it to start and to warm up.
@@ -193,14 +209,14 @@ class EncoderClient:
         Raises:
             EncodeError: DEADLINE_EXCEEDED, with what it said last, if it is not ready in time; any other error at once.
         """
-        patience = _Patience(timeout_s)
+        patience = Patience(timeout_s)
         while True:
             try:
                 answer = self._health.Check(health_pb2.HealthCheckRequest(), timeout=patience.remaining_s())
                 if patience.is_serving(answer):
                     return
             except grpc.RpcError as error:
-                patience.endure(_failure(error))
+                patience.endure(failure_of(error))
             time.sleep(patience.pause_s())
 
     def close(self) -> None:
@@ -225,14 +241,19 @@ class AsyncEncoderClient:
         address: str | None = None,
         *,
         credentials: grpc.ChannelCredentials | None = None,
+        token: str | None = None,
         channel: grpc.aio.Channel | None = None,
         options: Sequence[tuple[str, Any]] = (),
+        store: str | os.PathLike[str] | None = None,
         max_embedding_bytes: int = DEFAULT_MAX_EMBEDDING_BYTES,
     ) -> None:
-        _check_target(address, channel)
+        check_target(address, channel)
+        self._metadata = (*bearer_metadata(token), ("epd-client", f"{os.getpid()}-{id(self):x}"))
+        self._store = None if store is None else Path(store)
+        self._delivery = encoder_pb2.INLINE if store is None else encoder_pb2.STORED
         self._owned: grpc.aio.Channel | None = None
         if channel is None:
-            every_option = (*_CHANNEL_OPTIONS, *options)
+            every_option = (*CHANNEL_OPTIONS, *options)
             if credentials is None:
                 channel = grpc.aio.insecure_channel(cast(str, address), every_option)
             else:
@@ -242,25 +263,56 @@ class AsyncEncoderClient:
         self._health = _HealthStub(channel)
         self._max_embedding_bytes = max_embedding_bytes
 
-    async def encode(self, items: Sequence[Item], timeout_s: float | None = None) -> list[Result]:
+    async def encode(
+        self, items: Sequence[Item], timeout_s: float | None = None, *, hold: bool = False
+    ) -> list[Result]:
         """As `EncoderClient.encode`."""
-        results = {index: result async for index, result in self.encode_stream(items, timeout_s)}
+        results = {index: result async for index, result in self.encode_stream(items, timeout_s, hold=hold)}
         return [results[index] for index in range(len(items))]
 
     async def encode_stream(
-        self, items: Sequence[Item], timeout_s: float | None = None
+        self, items: Sequence[Item], timeout_s: float | None = None, *, hold: bool = False
     ) -> AsyncGenerator[tuple[int, Result], None]:
         """As `EncoderClient.encode_stream`; `aclose` cancels what remains."""
-        replies = Replies(items, max_embedding_bytes=self._max_embedding_bytes)
-        with _own_errors():
-            call = self._stub.Encode(encoder_pb2.EncodeRequest(items=items), timeout=timeout_s)
+        request = encoder_pb2.EncodeRequest(items=items, delivery=self._delivery)
+        async with aclosing(self._exchange(self._stub.Encode, request, items, hold, timeout_s)) as results:
+            async for result in results:
+                yield result
+
+    async def fetch(self, keys: Sequence[str], timeout_s: float | None = None, *, hold: bool = False) -> list[Result]:
+        """As `EncoderClient.fetch`."""
+        items = [Item(key=key) for key in keys]
+        request = encoder_pb2.FetchRequest(keys=keys, delivery=self._delivery)
+        exchange = self._exchange(self._stub.Fetch, request, items, hold, timeout_s)
+        results = {index: result async for index, result in exchange}
+        return [results[index] for index in range(len(keys))]
+
+    async def release(self, leases: Sequence[str], timeout_s: float | None = None) -> int:
+        """As `EncoderClient.release`."""
+        with own_errors():
+            request = encoder_pb2.ReleaseRequest(leases=leases)
+            answer = await self._stub.Release(request, timeout=timeout_s, metadata=self._metadata)
+            return cast(encoder_pb2.ReleaseResponse, answer).released
+
+    async def _exchange(
+        self, method: Any, request: Any, items: Sequence[Item], hold: bool, timeout_s: float | None
+    ) -> AsyncGenerator[tuple[int, Result], None]:
+        exchange = Exchange(items, self._max_embedding_bytes, self._store, hold=hold, timeout_s=timeout_s)
+        with own_errors():
             try:
-                async for response in call:
-                    if (done := replies.accept(response)) is not None:
-                        yield done
-                replies.finish()
+                while request is not None:
+                    call = method(request, timeout=exchange.timeout_s, metadata=self._metadata)
+                    try:
+                        async for response in call:
+                            if (done := exchange.accept(response)) is not None:
+                                yield done
+                    finally:
+                        call.cancel()
+                    method, request = self._stub.Fetch, exchange.finish()
             finally:
-                call.cancel()
+                if (leases := exchange.to_release()) is not None:
+                    # It begins by being called, and nobody waits for its end.
+                    self._stub.Release(leases, timeout=RELEASE_S, metadata=self._metadata)
 
     async def encode_image(
         self,
@@ -277,19 +329,20 @@ class AsyncEncoderClient:
 
     async def info(self, timeout_s: float | None = None) -> encoder_pb2.InfoResponse:
         """As `EncoderClient.info`."""
-        with _own_errors():
-            return cast(encoder_pb2.InfoResponse, await self._stub.Info(encoder_pb2.InfoRequest(), timeout=timeout_s))
+        with own_errors():
+            reply = await self._stub.Info(encoder_pb2.InfoRequest(), timeout=timeout_s, metadata=self._metadata)
+            return cast(encoder_pb2.InfoResponse, reply)
 
     async def wait_ready(self, timeout_s: float) -> None:
         """As `EncoderClient.wait_ready`."""
-        patience = _Patience(timeout_s)
+        patience = Patience(timeout_s)
         while True:
             try:
                 answer = await self._health.Check(health_pb2.HealthCheckRequest(), timeout=patience.remaining_s())
                 if patience.is_serving(answer):
                     return
             except grpc.RpcError as error:
-                patience.endure(_failure(error))
+                patience.endure(failure_of(error))
             await asyncio.sleep(patience.pause_s())
 
     async def close(self) -> None:
@@ -306,74 +359,8 @@ class AsyncEncoderClient:
         await self.close()
 
 
-class _Patience:
-    """How long `wait_ready` goes on, and what it says when it gives up."""
-
-    def __init__(self, timeout_s: float) -> None:
-        self._timeout_s = timeout_s
-        self._ends = time.monotonic() + timeout_s
-        self._last = "it did not answer"
-
-    def remaining_s(self) -> float:
-        return max(self._ends - time.monotonic(), 0.001)
-
-    def is_serving(self, answer: health_pb2.HealthCheckResponse) -> bool:
-        self._last = f"it says {health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)}"
-        return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
-
-    def endure(self, failure: ClientError) -> None:
-        """Remember a failure that waiting may mend; raise any other."""
-        if not isinstance(failure, EncodeError) or failure.code not in ("UNAVAILABLE", "DEADLINE_EXCEEDED"):
-            raise failure
-        if failure.code == "UNAVAILABLE":  # the other one is this wait's own end and tells nothing
-            self._last = failure.message
-
-    def pause_s(self) -> float:
-        """How long to sleep before the next try.
-
-        Raises:
-            EncodeError: if there is no time for one.
-        """
-        remaining = self._ends - time.monotonic()
-        if remaining <= 0:
-            raise EncodeError("DEADLINE_EXCEEDED", f"the server is not ready after {self._timeout_s:g} s: {self._last}")
-        return min(_READY_POLL_S, remaining)
-
-
-def _check_target(address: str | None, channel: object | None) -> None:
-    if (address is None) == (channel is None):
-        raise ValueError("a client needs either an address or a channel")
-
-
 def _embedding(results: list[Result]) -> Embedding:
     (result,) = results
     if isinstance(result, ItemError):
         raise result.as_exception()
     return result
-
-
-@contextmanager
-def _own_errors() -> Generator[None, None, None]:
-    """Raise gRPC's errors as this package's."""
-    try:
-        yield
-    except grpc.RpcError as error:
-        raise _failure(error) from error
-
-
-def _failure(error: grpc.RpcError) -> ClientError:
-    call = cast(_FailedCall, error)
-    try:
-        status = rpc_status.from_call(cast(Any, error))
-    except (ValueError, DecodeError):  # details that contradict the status, or are none
-        status = None
-    if status is not None:
-        return item_error(status).as_exception()
-    code, message = call.code().name, call.details() or "no reason given"
-    # gRPC reports both limits with one code, and only its words, which give both sizes, tell which side refused.
-    if code == "RESOURCE_EXHAUSTED" and "message larger than max" in message:
-        if "CLIENT:" in message:
-            return ProtocolError(f"the server sent a message that is too large to receive: {message}")
-        advice = "send fewer items in a call, smaller pictures, or encoded ones instead of pixels"
-        return RequestTooLargeError(code, f"the request is larger than the server takes; {advice} ({message})")
-    return EncodeError(code, message)

@@ -3,6 +3,7 @@
 The way of an item, and where it may leave it:
 
     message → Invalid…            the caller must change something
+    fetch   → UrlUnreachable      the URL's server did not give the picture
     queue   → Overloaded          the caller may come back
     run     → LaneFault           this server's runtime failed
     reply   → Embeddings that are not finite are a LaneFault too
@@ -54,6 +55,19 @@ class TooLarge(InvalidItem):
     reason = "ITEM_TOO_LARGE"
 
 
+class UrlRefused(InvalidItem):
+    """What the item's URL names is not fetched, or what came from there is not taken."""
+
+    reason = "URL_REFUSED"
+
+
+class UrlUnreachable(EncoderError):
+    """The URL's server did not give the picture this time; another try may get it."""
+
+    code = grpc.StatusCode.UNAVAILABLE
+    reason = "URL_UNREACHABLE"
+
+
 class Overloaded(EncoderError):
     """The queue is full; the same item may pass after `retry_after_s` seconds."""
 
@@ -70,6 +84,31 @@ class ShuttingDown(EncoderError):
 
     code = grpc.StatusCode.UNAVAILABLE
     reason = "SHUTTING_DOWN"
+
+
+class CannotFinish(EncoderError):
+    """The item would not be done before its deadline."""
+
+    code = grpc.StatusCode.DEADLINE_EXCEEDED
+    reason = "DEADLINE_CANNOT_BE_MET"
+
+
+class NoLane(EncoderError):
+    """Every lane is out of service; they are tried again after `retry_after_s` seconds."""
+
+    code = grpc.StatusCode.UNAVAILABLE
+    reason = "NO_LANE"
+
+    def __init__(self, message: str, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class NotStored(EncoderError):
+    """The store has no embedding under this key."""
+
+    code = grpc.StatusCode.NOT_FOUND
+    reason = "NOT_STORED"
 
 
 class LaneFault(EncoderError):
@@ -101,7 +140,7 @@ class Fault:
 
 def fault_of(error: BaseException) -> Fault:
     """The table. An error that is not in it is ours: its text stays in the log."""
-    if isinstance(error, Overloaded):
+    if isinstance(error, (Overloaded, NoLane)):
         return Fault(error.code, error.reason, str(error), error.retry_after_s)
     if isinstance(error, EncoderError):
         return Fault(error.code, error.reason, str(error))

@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import grpc
 import numpy as np
@@ -26,6 +27,7 @@ from google.rpc import error_details_pb2, status_pb2
 
 from sidecar.items import WIRE_DTYPES, Item
 from sidecar.pb import encoder_pb2
+from sidecar.store_file import FILE_NAME, Description, StoreFileError, read
 from sidecar.vision.dtypes import Array, DType, to_float32
 from sidecar.vision.grid import Grid
 
@@ -105,11 +107,13 @@ class Lane:
 
 @dataclass(frozen=True, slots=True)
 class StageTimes:
-    """Where the item's time in the server went."""
+    """Where the item's time in the server went. The run may have been shared with other items."""
 
     preprocess_ms: float
     queue_ms: float
     run_ms: float
+    decode_ms: float = 0.0
+    publish_ms: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -122,6 +126,10 @@ class Embedding:
         dtype: what `data` holds.
         data: (tokens, width) of `dtype.storage`, rows in raster order of (t, h, w); bfloat16 is uint16, bit for bit.
         fingerprint: equal fingerprints mean interchangeable embeddings.
+        cached: it was in the server's store already.
+        coalesced: it was being encoded for another caller already.
+        path: the store's file that `data` maps, read-only; None where the rows came over the wire.
+        lease: holds that file; empty once it was released.
     """
 
     key: str
@@ -131,6 +139,10 @@ class Embedding:
     fingerprint: str
     lane: Lane
     times: StageTimes
+    cached: bool = False
+    coalesced: bool = False
+    path: Path | None = None
+    lease: str = ""
 
     @property
     def tokens(self) -> int:
@@ -153,6 +165,15 @@ class Embedding:
 Result = Embedding | ItemError
 
 
+@dataclass(frozen=True, slots=True)
+class Elsewhere:
+    """An embedding in a store that this process cannot read, on another host perhaps; the server gives it out by `name`."""
+
+    key: str
+    name: str
+    lease: str
+
+
 @dataclass(slots=True)
 class _Started:
     """An embedding of which `received` bytes are in place; `buffer` and `embedding.data` are the same memory."""
@@ -165,14 +186,22 @@ class _Started:
 class Replies:
     """The answers to one request, fed with the parts of the reply in the order in which they came."""
 
-    def __init__(self, items: Sequence[Item], *, max_embedding_bytes: int = DEFAULT_MAX_EMBEDDING_BYTES) -> None:
+    def __init__(
+        self,
+        items: Sequence[Item],
+        *,
+        max_embedding_bytes: int = DEFAULT_MAX_EMBEDDING_BYTES,
+        store: Path | None = None,
+    ) -> None:
+        """`store`: the only directory in which a file is opened that the server names."""
+        self._store = store
         self._unanswered = set(range(len(items)))
         self._count = len(items)
         self._sent_grids = {i: _grid(item.patches.grid) for i, item in enumerate(items) if item.HasField("patches")}
         self._started: dict[int, _Started] = {}
         self._max_embedding_bytes = max_embedding_bytes
 
-    def accept(self, response: encoder_pb2.EncodeResponse) -> tuple[int, Result] | None:
+    def accept(self, response: encoder_pb2.EncodeResponse) -> tuple[int, Result | Elsewhere] | None:
         """Take one part; return (index, result) if it completes an item.
 
         Raises:
@@ -188,8 +217,12 @@ class Replies:
         if index in self._started:
             raise ProtocolError(f"item {index}: the embedding is incomplete, then came another answer ({part})")
         if part == "embedding":
-            self._started[index] = _start(index, response.embedding, self._max_embedding_bytes)
-            self._check_grid(index)
+            announced = _announced(index, response.embedding, self._max_embedding_bytes)
+            self._check_grid(index, announced.grid)
+            if response.embedding.HasField("file"):
+                self._unanswered.remove(index)
+                return index, _stored(index, response.embedding, announced, self._store)
+            self._started[index] = _start(response.embedding, announced)
             return None
         if part == "error":
             if response.error.code == grpc.StatusCode.OK.value[0]:
@@ -234,8 +267,8 @@ class Replies:
         self._unanswered.remove(index)
         return index, self._started.pop(index).embedding
 
-    def _check_grid(self, index: int) -> None:
-        sent, answered = self._sent_grids.get(index), self._started[index].embedding.grid
+    def _check_grid(self, index: int, answered: Grid) -> None:
+        sent = self._sent_grids.get(index)
         if sent is not None and sent != answered:
             raise ProtocolError(f"item {index}: patches of grid {tuple(sent)} were answered as {tuple(answered)}")
 
@@ -245,7 +278,12 @@ def item_error(status: status_pb2.Status) -> ItemError:
     return ItemError(_CODE_NAMES.get(status.code, "UNKNOWN"), status.message, _unpack(status.details))
 
 
-def _start(index: int, header: encoder_pb2.Embedding, max_bytes: int) -> _Started:
+def _announced(index: int, header: encoder_pb2.Embedding, max_bytes: int) -> Description:
+    """What a reply says an embedding is.
+
+    Raises:
+        ProtocolError: if that cannot be.
+    """
     grid, dtype = _grid(header.grid), _DTYPES.get(header.dtype)
     if dtype is None:
         raise ProtocolError(f"item {index}: an embedding of unknown dtype {header.dtype}")
@@ -264,17 +302,52 @@ def _start(index: int, header: encoder_pb2.Embedding, max_bytes: int) -> _Starte
         )
     if size > max_bytes:
         raise ProtocolError(f"item {index}: an embedding of {size} bytes; this client takes {max_bytes}")
-    buffer = np.empty(size, np.uint8)
-    embedding = Embedding(
+    return Description(grid=grid, tokens=header.tokens, width=header.width, dtype=dtype, fingerprint=header.fingerprint)
+
+
+def _start(header: encoder_pb2.Embedding, announced: Description) -> _Started:
+    buffer = np.empty(announced.nbytes, np.uint8)
+    rows = buffer.view(announced.dtype.storage).reshape(announced.tokens, announced.width)
+    return _Started(_embedding(header, announced, rows), buffer.data)
+
+
+def _stored(
+    index: int, header: encoder_pb2.Embedding, announced: Description, store: Path | None
+) -> Embedding | Elsewhere:
+    """Map the file that the server names, if it is in our store.
+
+    Raises:
+        ProtocolError: if nobody asked for a file, it lies outside the store, or is not the embedding announced.
+    """
+    file = header.file
+    if store is None:
+        raise ProtocolError(f"item {index}: the embedding was left in a file, which nobody asked for")
+    path = store / file.name / FILE_NAME
+    # Under another path it may be the same store: in a container, say. Under this one it has to be what is announced.
+    try:
+        rows = read(store, file.name, announced)
+    except OSError:
+        return Elsewhere(header.key, file.name, file.lease)
+    except StoreFileError as error:
+        if file.path == str(path):
+            raise ProtocolError(f"item {index}: {error}") from error
+        return Elsewhere(header.key, file.name, file.lease)
+    return replace(_embedding(header, announced, rows), path=path, lease=file.lease)
+
+
+def _embedding(header: encoder_pb2.Embedding, announced: Description, rows: Array) -> Embedding:
+    times = header.times
+    return Embedding(
         key=header.key,
-        grid=grid,
-        dtype=dtype,
-        data=buffer.view(dtype.storage).reshape(header.tokens, header.width),
+        grid=announced.grid,
+        dtype=announced.dtype,
+        data=rows,
         fingerprint=header.fingerprint,
         lane=Lane(header.lane.runtime, header.lane.device, header.lane.precision),
-        times=StageTimes(header.times.preprocess_ms, header.times.queue_ms, header.times.run_ms),
+        times=StageTimes(times.preprocess_ms, times.queue_ms, times.run_ms, times.decode_ms, times.publish_ms),
+        cached=header.cached,
+        coalesced=header.coalesced,
     )
-    return _Started(embedding, buffer.data)
 
 
 def _grid(grid: encoder_pb2.Grid) -> Grid:

@@ -1,67 +1,69 @@
-"""Every setting of the server: one frozen object, filled from flags and `EPD_…` variables, that validates itself.
-
-A field's metadata is its documentation; the command line is generated from it, so flag, variable and help never disagree.
-"""
+"""Every setting of the server: one frozen object, filled from flags and `EPD_…` variables, that validates itself."""
 
 from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import MISSING, Field, dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Literal, Self
 
+from sidecar.flags import (
+    SettingsError,
+    add_arguments,
+    cpu_list,
+    flag,
+    flag_name,
+    number,
+    path_or_none,
+    setting,
+    values_from,
+    whole,
+    words,
+)
 from sidecar.runtimes.loading import RUNTIME_NAMES
 from sidecar.vision.dtypes import DType
 
+__all__ = ["Settings", "SettingsError"]
+
 # What the contract's and gRPC's numbers can hold.
 _MAX_INT = 2**31 - 1
-_MAX_DRAIN_S = 86_400.0
+_MAX_BYTES = 1 << 62
+_MAX_SECONDS = 86_400.0
 _MAX_PORT = 65_535
 
 _EMBEDDING_DTYPES = ("auto", DType.BFLOAT16, DType.FLOAT16, DType.FLOAT32)
 
-
-class SettingsError(ValueError):
-    """A setting that cannot be; the message names its flag."""
-
-
-def _setting(
-    help: str, default: Any = MISSING, *, parse: Callable[[str], Any] = str, variables: tuple[str, ...] = ()
-) -> Any:
-    """`variables` are further environment variables that are honoured, after EPD_<NAME>."""
-    metadata = {"help": help, "parse": parse, "variables": variables}
-    return field(metadata=metadata) if default is MISSING else field(default=default, metadata=metadata)
-
-
-def _flag(text: str) -> bool:
-    values = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
-    if text.lower() not in values:
-        raise ValueError("must be true or false")
-    return values[text.lower()]
-
-
-def _whole(text: str) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        raise ValueError("must be a whole number") from None
-
-
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise ValueError("must be a number") from None
-
-
-def _addresses(text: str) -> tuple[str, ...]:
-    return tuple(part.strip() for part in text.split(",") if part.strip())
-
-
-def _cache_dir(text: str) -> Path | None:
-    return None if text in ("", "none") else Path(text)
+# The least and the most that each may be.
+_RANGES: dict[str, tuple[float, float]] = {
+    "threads": (0, _MAX_INT),
+    "streams": (1, 1024),
+    "batch_patches": (0, _MAX_INT),
+    "numa_node": (-1, 1023),
+    "preprocess_threads": (1, _MAX_INT),
+    "warm_up_seconds": (0, _MAX_SECONDS),
+    "max_message_bytes": (1, _MAX_INT),
+    "max_items": (1, _MAX_INT),
+    "max_image_pixels": (1, _MAX_INT),
+    "max_frames": (1, _MAX_INT),
+    "max_item_patches": (1, _MAX_INT),
+    "max_queue_items": (1, _MAX_INT),
+    "max_queue_patches": (1, _MAX_INT),
+    "max_held_bytes": (1, _MAX_BYTES),
+    "store_bytes": (0, _MAX_BYTES),
+    "lease_seconds": (0.1, _MAX_SECONDS),
+    "url_bytes": (1, _MAX_INT),
+    "url_seconds": (0.1, _MAX_SECONDS),
+    "drain_seconds": (0, _MAX_SECONDS),
+}
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "runtime": ("auto", *RUNTIME_NAMES),
+    "precision": ("auto", "f32", "bf16", "int8"),
+    "embedding_dtype": _EMBEDDING_DTYPES,
+    "log_level": ("debug", "info", "warning", "error"),
+    "log_format": ("text", "json"),
+}
 
 
 def _default_cache() -> Path | None:
@@ -78,76 +80,137 @@ class Settings:
     SettingsError: if a value is out of range.
     """
 
-    artifact: Path = _setting("directory of the sealed artifact that `python -m export` wrote", parse=Path)
-    listen: tuple[str, ...] = _setting(
+    artifact: Path = setting("directory of the sealed artifact that `python -m export` wrote", parse=Path)
+    listen: tuple[str, ...] = setting(
         "addresses to serve on, comma-separated: host:port, unix:/path; several are served at once. "
         "The default is reachable from this host only",
         ("127.0.0.1:50051",),
-        parse=_addresses,
+        parse=words,
     )
-    device: str = _setting(
-        "device to encode on, in the runtime's terms: cpu, ov:GPU, cuda:0, xpu:0. The log and Info say what really ran",
-        "cpu",
+    device: tuple[str, ...] = setting(
+        "devices to encode on, one lane each, in the runtime's terms: cpu, ov:GPU, cuda:0, xpu:0; comma-separated, or the flag "
+        "several times. The log and Info say what really ran",
+        ("cpu",),
+        parse=words,
         variables=("DYN_ENCODER_DEVICE",),
+        repeatable=True,
     )
-    runtime: str = _setting(
+    runtime: str = setting(
         f"one of {', '.join(RUNTIME_NAMES)}, or auto: openvino where the artifact has it, torch for cuda and xpu",
         "auto",
     )
-    precision: str = _setting("f32, bf16 or int8, or auto: what the artifact names first for the runtime", "auto")
-    embedding_dtype: str = _setting(
+    precision: str = setting("f32, bf16 or int8, or auto: what the artifact names first for the runtime", "auto")
+    embedding_dtype: str = setting(
         "dtype of the embeddings sent: bfloat16, float16, float32, or auto: the checkpoint's, which is what its prefill "
         "worker computes in",
         "auto",
     )
-    threads: int = _setting("threads of the runtime; 0 lets it take every core it is allowed", 0, parse=_whole)
-    preprocess_threads: int = _setting(
+    threads: int = setting(
+        "threads of a CPU lane's runtime; 0 takes the cores that the container really has, by affinity and cgroup quota, shared "
+        "out among the CPU lanes",
+        0,
+        parse=whole,
+    )
+    streams: int = setting(
+        "runs that a lane carries out side by side, sharing its threads. More than 1 trades latency for throughput where there "
+        "are many cores and small items",
+        1,
+        parse=whole,
+    )
+    batch_patches: int = setting(
+        "the most patches in one run of several items. Items share a run only while its fixed cost is worth sharing, by the "
+        "lane's own measure; 0 for one item a run",
+        8192,
+        parse=whole,
+    )
+    cpus: tuple[int, ...] = setting("CPUs to stay on, such as 0-15,32; none given: where it is let", (), parse=cpu_list)
+    numa_node: int = setting("NUMA node whose CPUs to stay on, and so its memory; -1: any", -1, parse=whole)
+    warm_up_seconds: float = setting(
+        "how long each lane may measure itself before it is ready; small items are always run", 3.0, parse=number
+    )
+    preprocess_threads: int = setting(
         "threads that decode and resize. They share the cores with the runtime, so more of them slows the runs",
         2,
-        parse=_whole,
+        parse=whole,
     )
-    cache_dir: Path | None = _setting(
+    cache_dir: Path | None = setting(
         "where compiled models are kept, so that a restart is quick; none turns it off (read-only file systems)",
         _default_cache(),
-        parse=_cache_dir,
+        parse=path_or_none,
     )
-    max_message_bytes: int = _setting(
+    max_message_bytes: int = setting(
         "largest request accepted. The whole of it is in memory at once, so it bounds what one caller can make us hold",
         64 << 20,
-        parse=_whole,
+        parse=whole,
     )
-    max_items: int = _setting("most items in one request", 256, parse=_whole)
-    max_image_pixels: int = _setting(
+    max_items: int = setting("most items in one request", 256, parse=whole)
+    max_image_pixels: int = setting(
         "largest picture decoded, in pixels before resizing; checked in the header before any pixel is decoded",
         64_000_000,
-        parse=_whole,
+        parse=whole,
     )
-    max_item_patches: int = _setting(
+    max_frames: int = setting("most frames in one video", 4096, parse=whole)
+    max_item_patches: int = setting(
         "largest item encoded, in patches. Time grows with its square in the full-attention blocks",
         65_536,
-        parse=_whole,
+        parse=whole,
     )
-    max_queue_patches: int = _setting(
-        "patches that may wait for a lane; beyond it callers are told when to come back instead of being made to wait",
-        262_144,
-        parse=_whole,
+    max_queue_items: int = setting(
+        "items that may be under way, from admission to answer; beyond it callers are told when to come back instead of being "
+        "made to wait",
+        2048,
+        parse=whole,
     )
-    max_held_bytes: int = _setting(
+    max_queue_patches: int = setting("patches that may be under way; as --max-queue-items", 262_144, parse=whole)
+    max_held_bytes: int = setting(
         "bytes of requests and embeddings in calls that are not over; beyond it new calls are told to come back, so that "
         "callers who do not read their answers cannot fill the memory",
         1 << 30,
-        parse=int,
+        parse=whole,
     )
-    drain_seconds: float = _setting(
-        "how long SIGTERM waits for accepted work before giving up on it", 30.0, parse=_number
+    store: Path | None = setting(
+        "directory of the store, in shared memory, for this sidecar alone; it is swept at start. none: nothing is kept, and "
+        "every embedding is sent inline",
+        Path("/dev/shm/epd-encoder"),
+        parse=path_or_none,
     )
-    allow_below_bar: bool = _setting(
-        "serve an artifact whose measured accuracy is below its bar, or was never measured", False, parse=_flag
+    store_bytes: int = setting(
+        "capacity of the store; 0: half of its file system, at most 4 GiB. Beyond it the embedding used longest ago goes",
+        0,
+        parse=whole,
     )
-    allow_unsealed: bool = _setting(
-        "serve a directory made by `optimum-cli export openvino`, which has no manifest", False, parse=_flag
+    lease_seconds: float = setting(
+        "how long a lease holds a stored embedding unless it is released", 120.0, parse=number
     )
-    log_level: str = _setting("debug, info, warning or error", "info")
+    tls_cert: Path | None = setting("certificate chain in PEM; with --tls-key, serve TLS", None, parse=path_or_none)
+    tls_key: Path | None = setting("private key in PEM", None, parse=path_or_none)
+    tls_client_ca: Path | None = setting(
+        "CA of the callers' certificates in PEM: mutual TLS, nobody else gets in", None, parse=path_or_none
+    )
+    token_file: Path | None = setting(
+        "file of bearer tokens, one a line, `name:token` or `token`; without one of them only health is answered",
+        None,
+        parse=path_or_none,
+    )
+    url_input: bool = setting("take items by https or data URL, from public hosts only", False, parse=flag)
+    url_hosts: tuple[str, ...] = setting("the only hosts to take URLs of; none given: any public one", (), parse=words)
+    url_bytes: int = setting("largest picture fetched", 64 << 20, parse=whole)
+    url_seconds: float = setting("longest that fetching one may take", 30.0, parse=number)
+    metrics_listen: str = setting("host:port of /metrics and the status page, over HTTP; none: neither", "none")
+    watch_artifact: bool = setting(
+        "serve a new artifact when one takes the place of the served one; SIGHUP asks for the same", False, parse=flag
+    )
+    drain_seconds: float = setting(
+        "how long SIGTERM waits for accepted work, and for leases, before giving up on them", 30.0, parse=number
+    )
+    allow_below_bar: bool = setting(
+        "serve an artifact whose measured accuracy is below its bar, or was never measured", False, parse=flag
+    )
+    allow_unsealed: bool = setting(
+        "serve a directory made by `optimum-cli export openvino`, which has no manifest", False, parse=flag
+    )
+    log_level: str = setting("debug, info, warning or error", "info")
+    log_format: Literal["text", "json"] = setting("text or json, one line a request", "text")
 
     def __post_init__(self) -> None:
         if not self.listen:
@@ -156,72 +219,44 @@ class Settings:
             _check_address(address)
         if not self.device:
             raise SettingsError("--device must name a device, such as cpu")
-        for name, least, most in (
-            ("threads", 0, _MAX_INT),
-            ("preprocess_threads", 1, _MAX_INT),
-            ("max_message_bytes", 1, _MAX_INT),
-            ("max_items", 1, _MAX_INT),
-            ("max_image_pixels", 1, _MAX_INT),
-            ("max_item_patches", 1, _MAX_INT),
-            ("max_queue_patches", 1, _MAX_INT),
-            ("max_held_bytes", 1, 1 << 62),
-            ("drain_seconds", 0, _MAX_DRAIN_S),
-        ):
+        if self.metrics_listen != "none":
+            _check_address(self.metrics_listen, "--metrics-listen")
+        for name, (least, most) in _RANGES.items():
             if not least <= getattr(self, name) <= most:
-                raise SettingsError(f"{_flag_name(name)} must be from {least} to {most:.0f}, got {getattr(self, name)}")
-        for name, known in (
-            ("runtime", ("auto", *RUNTIME_NAMES)),
-            ("precision", ("auto", "f32", "bf16", "int8")),
-            ("embedding_dtype", _EMBEDDING_DTYPES),
-            ("log_level", ("debug", "info", "warning", "error")),
-        ):
-            if getattr(self, name) not in known:
                 raise SettingsError(
-                    f"{_flag_name(name)} must be one of {', '.join(known)}, got {getattr(self, name)!r}"
+                    f"{flag_name(name)} must be from {least:g} to {most:.0f}, got {getattr(self, name)}"
                 )
+        for name, known in _CHOICES.items():
+            if getattr(self, name) not in known:
+                raise SettingsError(f"{flag_name(name)} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+        self._check_security()
+
+    def _check_security(self) -> None:
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise SettingsError("--tls-cert and --tls-key must be given together")
+        if self.tls_client_ca is not None and self.tls_cert is None:
+            raise SettingsError("--tls-client-ca needs --tls-cert and --tls-key")
+        if self.url_hosts and not self.url_input:
+            raise SettingsError("--url-hosts needs --url-input")
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
-        """One flag for each field; what is not given on the command line is left to the environment."""
-        for setting in fields(cls):
-            variables = ", ".join(_variables(setting))
-            default = (
-                "" if setting.default is MISSING or setting.default == () else f", default {_shown(setting.default)}"
-            )
-            parser.add_argument(
-                _flag_name(setting.name),
-                default=None,
-                metavar=setting.name.upper(),
-                nargs="?" if setting.metadata["parse"] is _flag else None,
-                const="true" if setting.metadata["parse"] is _flag else None,
-                help=f"{setting.metadata['help']} ({variables}{default})".replace("%", "%%"),
-            )
+        """One flag for each field."""
+        add_arguments(cls, parser)
 
     @classmethod
-    def from_sources(cls, flags: Mapping[str, str | None], environment: Mapping[str, str] = os.environ) -> Self:
-        """Flags first, then the environment, then defaults. A variable that is set to nothing counts as not set.
+    def from_sources(
+        cls, flags: Mapping[str, str | list[str] | None], environment: Mapping[str, str] = os.environ
+    ) -> Self:
+        """Flags first, then the environment, then defaults.
 
         Raises:
             SettingsError: if a value does not parse, is out of range, or a required one is missing.
         """
-        values: dict[str, Any] = {}
-        for setting in fields(cls):
-            given = {_flag_name(setting.name): flags.get(setting.name)}
-            given |= {variable: environment.get(variable) or None for variable in _variables(setting)}
-            source, text = next(((name, text) for name, text in given.items() if text is not None), ("", None))
-            if text is None:
-                if setting.default is MISSING and setting.default_factory is MISSING:
-                    raise SettingsError(f"{_flag_name(setting.name)} (or {_variables(setting)[0]}) is required")
-                continue
-            try:
-                values[setting.name] = setting.metadata["parse"](text)
-            except ValueError as error:
-                origin = "" if source == _flag_name(setting.name) else f" from {source}"
-                raise SettingsError(f"{_flag_name(setting.name)} {error}, got {text!r}{origin}") from None
-        return cls(**values)
+        return cls(**values_from(cls, flags, environment))
 
 
-def _check_address(address: str) -> None:
+def _check_address(address: str, name: str = "--listen") -> None:
     """gRPC would take a missing port for 443, and one that is too large for another one.
 
     Raises:
@@ -232,17 +267,5 @@ def _check_address(address: str) -> None:
     host, _, port = address.rpartition(":")
     if not host or not (port.isascii() and port.isdigit() and len(port) <= 5 and int(port) <= _MAX_PORT):
         raise SettingsError(
-            f"--listen takes host:port with a port from 0 (any that is free) to {_MAX_PORT}, or unix:/path; got {address!r}"
+            f"{name} takes host:port with a port from 0 (any that is free) to {_MAX_PORT}, or unix:/path; got {address!r}"
         )
-
-
-def _flag_name(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-def _variables(setting: Field[Any]) -> tuple[str, ...]:
-    return (f"EPD_{setting.name.upper()}", *setting.metadata["variables"])
-
-
-def _shown(default: Any) -> str:
-    return ",".join(default) if isinstance(default, tuple) else str(default)

@@ -25,8 +25,6 @@ TENSOR = "ec_cache"
 _ALIGNMENT = 64
 _LENGTH_BYTES = 8
 
-_SAFETENSORS_DTYPES = {DType.FLOAT32: "F32", DType.FLOAT16: "F16", DType.BFLOAT16: "BF16"}
-
 
 class StoreFileError(ValueError):
     """A file is not the embedding that it should be."""
@@ -110,7 +108,7 @@ def _header(description: Description) -> bytes:
             "fingerprint": description.fingerprint,
         },
         TENSOR: {
-            "dtype": _SAFETENSORS_DTYPES[description.dtype],
+            "dtype": description.dtype.safetensors,
             "shape": [description.tokens, description.width],
             "data_offsets": [0, description.nbytes],
         },
@@ -131,7 +129,9 @@ def _check_header(mapping: mmap.mmap, description: Description) -> int:
     if mapping[: len(header)] != header:
         raise StoreFileError("a stored embedding is not of the grid, size, type or model that was announced")
     if len(mapping) != len(header) + description.nbytes:
-        raise StoreFileError(f"a stored embedding has {len(mapping)} bytes instead of {len(header) + description.nbytes}")
+        raise StoreFileError(
+            f"a stored embedding has {len(mapping)} bytes instead of {len(header) + description.nbytes}"
+        )
     return len(header)
 
 

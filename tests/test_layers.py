@@ -19,8 +19,10 @@ ALLOWED = {
     "sidecar/engine/": ("sidecar.runtimes", "sidecar.vision", "sidecar.errors"),
     "sidecar/server/": ("sidecar",),
     "sidecar/commands/serve.py": ("sidecar",),
-    "sidecar/commands/": ("sidecar.client", "sidecar.picture", "sidecar.vision", "sidecar.pb"),
-    "sidecar/client.py": ("sidecar.items", "sidecar.replies", "sidecar.pb", "sidecar.vision"),
+    "sidecar/commands/health.py": ("sidecar.commands", "sidecar.credentials"),
+    "sidecar/commands/": ("sidecar.client", "sidecar.credentials", "sidecar.picture", "sidecar.vision", "sidecar.pb"),
+    "sidecar/client.py": ("sidecar.credentials", "sidecar.items", "sidecar.replies", "sidecar.pb", "sidecar.vision"),
+    "sidecar/credentials.py": (),
     "sidecar/items.py": ("sidecar.pb", "sidecar.vision"),
     "sidecar/replies.py": ("sidecar.items", "sidecar.pb", "sidecar.vision"),
     "sidecar/picture.py": ("sidecar.vision",),
@@ -38,6 +40,9 @@ HEAVY = {
     "dynamo": (),
     "openvino": ("sidecar/runtimes/openvino.py", "sidecar/runtimes/optimum.py", "export/"),
     "onnxruntime": ("sidecar/runtimes/onnx.py",),
+    "prometheus_client": ("sidecar/server/metrics.py", "sidecar/server/gauges.py", "sidecar/server/monitor.py"),
+    "aiohttp": ("sidecar/server/addresses.py", "sidecar/server/urls.py"),
+    "opentelemetry": ("sidecar/server/tracing.py",),
 }
 
 

@@ -9,8 +9,10 @@ import argparse
 import math
 import os
 import sys
+from typing import TYPE_CHECKING
 
-from sidecar.client import EncodeError
+if TYPE_CHECKING:  # importing the client takes longer than a health probe
+    from sidecar.client import EncodeError
 
 FAILED = 1  # something that was asked for could not be had
 NO_SERVER = 2  # nobody there to ask

@@ -32,6 +32,8 @@ from sidecar.commands import (
     print_no_server,
     printable,
 )
+from sidecar.commands.connection import add_credential_arguments, open_client
+from sidecar.credentials import CredentialsError
 from sidecar.picture import draw_components
 from sidecar.vision.dtypes import Array
 from sidecar.vision.images import decode_image
@@ -74,6 +76,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser.add_argument("photos", metavar="PHOTO", nargs="+", type=Path)
     add_server_argument(parser)
+    add_credential_arguments(parser)
     parser.add_argument("--out", metavar="FILE.safetensors", type=Path, help="save embeddings and grids")
     parser.add_argument("--picture", metavar="FILE.png", type=Path, help="draw each photo beside its embedding")
     parser.add_argument(
@@ -103,8 +106,11 @@ def run(arguments: argparse.Namespace) -> int:
         print_error(str(error))
         return BAD_ARGUMENTS
     try:
-        with EncoderClient(arguments.server) as client:
+        with open_client(arguments) as client:
             return _encode_all(client, photos, pictures, arguments)
+    except CredentialsError as error:
+        print_error(str(error))
+        return BAD_ARGUMENTS
     except KeyboardInterrupt:
         print_error("interrupted")
         return INTERRUPTED

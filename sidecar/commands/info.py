@@ -8,8 +8,9 @@ from collections.abc import Iterator
 
 from google.protobuf import json_format
 
-from sidecar.client import ClientError, EncodeError, EncoderClient
+from sidecar.client import ClientError, EncodeError
 from sidecar.commands import (
+    BAD_ARGUMENTS,
     FAILED,
     INTERRUPTED,
     NO_SERVER,
@@ -19,6 +20,8 @@ from sidecar.commands import (
     print_no_server,
     printable,
 )
+from sidecar.commands.connection import add_credential_arguments, open_client
+from sidecar.credentials import CredentialsError
 from sidecar.pb import encoder_pb2
 
 
@@ -27,6 +30,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "info", help="print what a server holds and accepts", description=__doc__, allow_abbrev=False
     )
     add_server_argument(parser)
+    add_credential_arguments(parser)
     parser.add_argument("--timeout", metavar="SECONDS", type=positive_float, default=10.0, help="default: %(default)s")
     parser.add_argument("--json", action="store_true", help="the reply as protobuf's JSON (64-bit numbers are strings)")
     parser.set_defaults(run=run)
@@ -34,8 +38,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(arguments: argparse.Namespace) -> int:
     try:
-        with EncoderClient(arguments.server) as client:
+        with open_client(arguments) as client:
             info = client.info(arguments.timeout)
+    except CredentialsError as error:
+        print_error(str(error))
+        return BAD_ARGUMENTS
     except EncodeError as error:
         if error.code in ("UNAVAILABLE", "DEADLINE_EXCEEDED"):
             print_no_server(arguments.server, error)

@@ -6,7 +6,6 @@ import argparse
 import asyncio
 import logging
 import os
-import sys
 
 from sidecar.artifact import ArtifactError
 from sidecar.commands import BAD_ARGUMENTS, FAILED, print_error
@@ -24,17 +23,20 @@ def run(options: argparse.Namespace) -> int:
     """Serve until told to stop. 0 after a drain, 1 if a run outlasted it, 2 if the settings, the artifact or an
     address will not do."""
     # The other commands import neither the engine nor a runtime.
+    from sidecar.machine import MachineError
     from sidecar.server.app import serve
+    from sidecar.server.request_log import configure_logging
+    from sidecar.server.security import SecurityError
+    from sidecar.server.urls import UrlsUnavailable
 
     try:
         settings = Settings.from_sources(vars(options))
-        logging.basicConfig(
-            level=settings.log_level.upper(),
-            format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-            stream=sys.stderr,
-        )
+        configure_logging(settings.log_level, settings.log_format)
         drained = asyncio.run(serve(settings))
-    except (ArtifactError, OSError, RuntimeFault, SettingsError) as error:
+    except (
+        *(ArtifactError, MachineError, OSError, RuntimeFault),
+        *(SecurityError, SettingsError, UrlsUnavailable),
+    ) as error:
         print_error(f"sidecar serve: {error}")
         return BAD_ARGUMENTS
     if not drained:

@@ -1,19 +1,32 @@
-"""A lane: one runtime on one device, one thread, one queue.
+"""A lane: one runtime on one device, with its own threads, queue and measured cost.
 
-The thread owns the runtime. Work whose caller has gone is skipped when its turn comes, so cancelled work never runs.
+The threads own the runtime, one for each of its streams. They take what is waiting in fair order; several small items make one
+run for as long as that saves time. Work whose caller has gone, or whose deadline has become out of reach, never runs.
+
+A run that fails is followed by one that is known to be good. If that works, the items were at fault. If it fails too, the lane
+goes out of service, what waits is given back, and the good run is tried again after longer and longer pauses.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import queue
+import math
 import threading
 import time
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from sidecar.errors import LaneFault, ShuttingDown
+import numpy as np
+
+from sidecar.engine.cost import NOTHING, CostModel, Work
+from sidecar.engine.fair_queue import FairQueue
+from sidecar.engine.load_meter import LoadMeter
+from sidecar.engine.observer import Observer
+from sidecar.engine.status import LaneIdentity, LaneStatus
+from sidecar.engine.store import Draft, Entry
+from sidecar.errors import CannotFinish, EncoderError, LaneFault, ShuttingDown
 from sidecar.runtimes.base import Runtime
 from sidecar.vision.dtypes import Array, all_finite
 from sidecar.vision.grid import Grid
@@ -22,111 +35,407 @@ from sidecar.vision.spec import TowerSpec
 
 logger = logging.getLogger(__name__)
 
-_WARM_UP_TOKENS = ((4, 4), (5, 6))  # a whole window; whole and ragged ones
+# Run once each before a lane is ready, the smallest first: a whole window, ragged ones, and sizes to fit the cost to.
+_WARM_UP_TOKENS = ((4, 4), (5, 6), (8, 8), (16, 16), (32, 32))
+_LEAST_WARM_UP = 3
+# Items share a run while its fixed cost is more than this part of it.
+_WORTHWHILE = 0.1
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 60.0
+
+
+class LaneOut(Exception):
+    """The lane went out of service before the item's turn came: another may take it."""
 
 
 @dataclass(frozen=True, slots=True)
-class Encoded:
-    """An embedding (tokens, out_hidden_size) in the lane's output dtype, and what it took."""
+class Ran:
+    """One item's rows, (tokens, width), where they are stored, and what it took."""
 
     rows: Array
-    lane: Lane
+    entry: Entry | None
     queue_ms: float
     run_ms: float
+    publish_ms: float
 
 
-@dataclass(slots=True)
-class _Work:
-    """`patches` is None once the caller has gone, so that what waits for its turn to be skipped takes no memory."""
+@dataclass(slots=True, eq=False)
+class _Ticket:
+    """One item's place. `patches` is None once the caller has gone, so that what waits to be skipped takes no memory."""
 
     patches: Patches | None
+    grid: Grid
+    client: str
+    deadline: Callable[[], float]
+    draft: Callable[[], Draft]
     loop: asyncio.AbstractEventLoop
-    done: asyncio.Future[Encoded]
-    queued_at: float = field(default_factory=time.perf_counter)
+    done: asyncio.Future[Ran]
+    work: Work
+    queued_at: float = field(default_factory=time.monotonic)
 
 
 class Lane:
-    """Encodes one item after another on its own thread."""
+    """Encodes items on its own threads. `encode` and `status` are for the event loop."""
 
-    def __init__(self, runtime: Runtime, tower: TowerSpec) -> None:
-        self.runtime = runtime
+    def __init__(
+        self, name: str, runtime: Runtime, tower: TowerSpec, *, batch_patches: int, observer: Observer | None = None
+    ) -> None:
+        """`batch_patches`: the most patches in one run of several items; 0 for one item a run."""
+        self.identity = LaneIdentity(name, runtime.name, runtime.device, runtime.precision)
+        self.cost = CostModel()
+        self.output_dtype = runtime.output_dtype
+        self.width = tower.out_hidden_size
+        self.streams = runtime.streams
+        self._runtime = runtime
         self._tower = tower
-        self._queue: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
+        self._batch_patches = batch_patches
+        self._observer = observer or Observer()
+        self._changed = threading.Condition()  # guards everything below
+        self._queue: FairQueue[_Ticket] = FairQueue()
+        self._waiting = NOTHING
+        self._running = NOTHING
+        self._running_items = 0
         self._closing = False
-        self._entrance = threading.Lock()  # nothing gets into the queue behind its end
-        self._thread = threading.Thread(target=self._serve, name=f"lane-{runtime.name}", daemon=True)
-        self._thread.start()
+        self._out_until: float | None = None
+        self._pause_s = _FIRST_PAUSE_S
+        self._meter = LoadMeter(time.monotonic(), runtime.streams)
+        self._runs = self._items = self._patches = self._failures = 0
+        self._last_error = ""
+        self._threads = [
+            threading.Thread(target=self._serve, name=f"lane-{name}-{number}", daemon=True)
+            for number in range(runtime.streams)
+        ]
+        for thread in self._threads:
+            thread.start()
 
-    async def encode(self, patches: Patches) -> Encoded:
+    async def encode(
+        self, patches: Patches, client: str, deadline: Callable[[], float], draft: Callable[[], Draft]
+    ) -> Ran:
         """Queue an item and wait for its embedding.
+
+        Args:
+            deadline: when it must be done, in `time.monotonic` seconds; asked again when its turn comes.
+            draft: makes room for the rows; called on the lane's thread.
 
         Raises:
             LaneFault: if the runtime failed, or gave values that are not finite.
+            LaneOut: if the lane went out of service before the item's turn.
+            CannotFinish: if the deadline was out of reach by then.
             ShuttingDown: if the lane is closed.
         """
         loop = asyncio.get_running_loop()
-        work = _Work(patches, loop, loop.create_future())
-        with self._entrance:
+        work = Work.of([patches.grid])
+        ticket = _Ticket(patches, patches.grid, client, deadline, draft, loop, loop.create_future(), work)
+        with self._changed:
             if self._closing:
                 raise ShuttingDown("this server is shutting down; send the item to another one")
-            self._queue.put(work)
+            if self._out_until is not None:
+                raise LaneOut
+            self._queue.push(client, ticket, work.patches)
+            self._waiting += work
+            self._changed.notify()
         try:
-            return await work.done
+            return await ticket.done
         except asyncio.CancelledError:
-            work.patches = None
+            ticket.patches = None
+            with self._changed:
+                if self._queue.remove(client, ticket):
+                    self._waiting -= work
             raise
 
-    def warm_up(self) -> None:
-        """Run small items, so that the first caller does not pay for what a runtime sets up at first use.
+    @property
+    def out_for_s(self) -> float:
+        """0 in service; else the seconds until it is tried again."""
+        out_until = self._out_until
+        return 0.0 if out_until is None else max(0.001, out_until - time.monotonic())
+
+    @property
+    def run_patches(self) -> int:
+        """About how many patches make a run that is worth its fixed cost."""
+        one = self.cost.ms(Work(1, 1.0)) - self.cost.fixed_ms
+        if one <= 0:
+            return self._batch_patches
+        return min(self._batch_patches, math.ceil(self.cost.fixed_ms * (1 / _WORTHWHILE - 1) / one))
+
+    def backlog_ms(self) -> float:
+        """Predicted time to finish all that it has."""
+        with self._changed:
+            work, items = self._waiting + self._running, len(self._queue) + self._running_items
+        return self.bulk_ms(work, items) if items else 0.0
+
+    def bulk_ms(self, work: Work, items: int) -> float:
+        """Predicted time for so many items together, in runs as large as pays, on all streams."""
+        runs = min(items, math.ceil(work.patches / max(1, self.run_patches)))
+        return (self.cost.ms(work) + self.cost.fixed_ms * (runs - 1)) / len(self._threads)
+
+    def busy(self) -> float:
+        """The share of the last seconds that it spent running."""
+        with self._changed:
+            return self._meter.busy(time.monotonic())
+
+    def warm_up(self, budget_s: float) -> None:
+        """Run items of growing size, so that the first caller does not pay for what a runtime sets up at first use and so that
+        the cost is known; larger ones only while the time lasts.
 
         Raises:
             RuntimeFault: if the runtime fails.
         """
-        import numpy as np
-
-        for token_h, token_w in _WARM_UP_TOKENS:
-            merge = self._tower.spatial_merge_size
-            grid = Grid(1, token_h * merge, token_w * merge)
-            self.runtime.encode(np.zeros((grid.patches, self._tower.patch_width), np.uint8), [grid], self._tower)
+        started = time.monotonic()
+        for number, (token_h, token_w) in enumerate(_WARM_UP_TOKENS):
+            grid = self._grid(token_h, token_w)
+            work = Work.of([grid])
+            left_ms = (budget_s - (time.monotonic() - started)) * 1e3
+            if number >= _LEAST_WARM_UP and 2 * self.cost.ms(work) > left_ms:
+                break
+            self._known_good(grid)  # the first at a size is slower
+            self.cost.anchor(work, self._known_good(grid))
 
     def close(self, timeout_s: float | None = None) -> bool:
-        """Take no more, finish what is queued, and end the thread. Returns whether that was done within `timeout_s`."""
-        with self._entrance:
+        """Take no more, finish what is queued, and end the threads. Returns whether that was done within `timeout_s`."""
+        with self._changed:
             self._closing = True
-            self._queue.put(None)
-        self._thread.join(timeout_s)
-        return not self._thread.is_alive()
+            self._changed.notify_all()
+        until = None if timeout_s is None else time.monotonic() + timeout_s
+        for thread in self._threads:
+            thread.join(None if until is None else max(0.0, until - time.monotonic()))
+        return not any(thread.is_alive() for thread in self._threads)
+
+    def status(self) -> LaneStatus:
+        backlog_ms = self.backlog_ms()
+        with self._changed:
+            return LaneStatus(
+                name=self.identity.name,
+                runtime=self.identity.runtime,
+                device=self.identity.device,
+                precision=self.identity.precision,
+                state="serving" if self._out_until is None else "out",
+                streams=len(self._threads),
+                waiting_items=len(self._queue),
+                waiting_patches=self._waiting.patches,
+                running_items=self._running_items,
+                backlog_ms=backlog_ms,
+                busy=self._meter.busy(time.monotonic()),
+                runs=self._runs,
+                items=self._items,
+                patches=self._patches,
+                failures=self._failures,
+                last_error=self._last_error,
+                cost=self.cost.curve(),
+            )
 
     def _serve(self) -> None:
-        while (work := self._queue.get()) is not None:
-            patches = work.patches
-            if patches is None or work.done.cancelled():
+        while self._step():
+            pass
+
+    def _step(self) -> bool:
+        """One run, in a frame of its own so that an idle lane holds none of its memory. False: it is over."""
+        run = self._next_run()
+        if run:
+            self._carry_out(run)
+        elif run is not None:
+            self._try_again()
+        return run is not None
+
+    def _next_run(self) -> list[_Ticket] | None:
+        """What to run now, in fair order. Nothing of it: the lane is out of service and due for a try. None: it is over."""
+        with self._changed:
+            while True:
+                if self._out_until is not None:
+                    if self._closing:
+                        return None
+                    pause_s = self._out_until - time.monotonic()
+                    if pause_s <= 0:
+                        self._out_until = time.monotonic() + self._pause_s  # of several threads one tries
+                        return []
+                    self._changed.wait(pause_s)
+                elif run := self._gather():
+                    return run
+                elif self._closing:
+                    return None
+                else:
+                    self._changed.wait()
+
+    def _gather(self) -> list[_Ticket]:
+        run: list[_Ticket] = []
+        while (ticket := self._queue.pop(lambda more: self._pays(run, more))) is not None:
+            total = _total(run)
+            self._waiting -= ticket.work
+            if ticket.patches is None or ticket.done.cancelled():
                 continue
-            started = time.perf_counter()
-            result: Encoded | LaneFault
-            try:
-                rows = self.runtime.encode(patches.values, [patches.grid], self._tower)
-                if not all_finite(rows, self.runtime.output_dtype):
-                    raise LaneFault(
-                        "the embedding is not finite; the input or the artifact's precision is out of range"
-                    )
-                finished = time.perf_counter()
-                result = Encoded(rows, self, (started - work.queued_at) * 1e3, (finished - started) * 1e3)
-            except LaneFault as fault:
-                result = fault
-            except BaseException:  # whatever a runtime throws must not end the lane
-                logger.exception("%s failed on %s", self.runtime.name, tuple(patches.grid))
-                result = LaneFault(
-                    f"the {self.runtime.name} runtime failed on this item; the server's log has the details"
-                )
-            with suppress(RuntimeError):  # a loop that was closed has nobody left who waits
-                work.loop.call_soon_threadsafe(_resolve, work.done, result)
+            if ticket.deadline() < time.monotonic() + self.cost.ms(total + ticket.work) / 1e3:
+                _answer(ticket, CannotFinish("the item's turn came too late for its deadline"))
+                continue
+            run.append(ticket)
+        self._running += _total(run)
+        self._running_items += len(run)
+        return run
+
+    def _pays(self, run: Sequence[_Ticket], more: _Ticket) -> bool:
+        """Whether one more item in a run saves more by sharing its fixed cost than the others lose by waiting for it."""
+        first = run[0].patches if run else None
+        if first is None or more.patches is None:
+            return True  # it is the first, or nobody wants it and it is skipped
+        together = _total(run) + more.work
+        return (
+            together.patches <= self._batch_patches
+            and self.cost.fixed_ms > _WORTHWHILE * self.cost.ms(together)
+            and first.values.dtype == more.patches.values.dtype
+        )
+
+    def _carry_out(self, run: list[_Ticket]) -> None:
+        with self._changed:
+            self._meter.begin(time.monotonic())
+        try:
+            if self._attempt(run) is None:
+                return
+            if not self._is_well():
+                self._go_out()
+                failed = run
+            elif len(run) > 1:
+                # One of them is at fault, and its neighbours are not.
+                failed = [ticket for ticket in run if self._attempt([ticket]) is not None]
+            else:
+                failed = run
+            for ticket in failed:
+                _answer(ticket, self._fault())
+        finally:
+            with self._changed:
+                self._meter.end(time.monotonic())
+                for ticket in run:
+                    self._running -= ticket.work
+                self._running_items -= len(run)
+
+    def _attempt(self, run: list[_Ticket]) -> BaseException | None:
+        """Run, and answer each item. Returns what the runtime threw, if it did."""
+        try:
+            self._run(run)
+        except BaseException as error:  # nothing that a runtime throws must end the lane
+            grids = ", ".join(str(tuple(ticket.grid)) for ticket in run)
+            logger.error("%s failed on %s", self.identity.name, grids, exc_info=error)
+            with self._changed:
+                self._failures += 1
+                self._last_error = f"{type(error).__name__} on a run of {len(run)}"
+            self._tell(run[0], self._observer.run_failed, self.identity.name)
+            return error
+        return None
+
+    def _run(self, run: list[_Ticket]) -> None:
+        started = time.monotonic()
+        patches = [ticket.patches for ticket in run if ticket.patches is not None]
+        if len(patches) < len(run):  # a caller has gone in this very moment
+            patches = [ticket.patches or _blank(ticket.grid, self._tower) for ticket in run]
+        grids = [ticket.grid for ticket in run]
+        drafts: list[Draft] = []
+        try:
+            if len(run) == 1:
+                # Straight into the store's file.
+                drafts.append(run[0].draft())
+                self._runtime.run(patches[0].values, grids, drafts[0].rows)
+                rows = [drafts[0].rows]
+            else:
+                together = np.concatenate([item.values for item in patches])
+                whole = self._runtime.encode(together, grids, self._tower)
+                ends = np.cumsum([grid.tokens(self._tower) for grid in grids])
+                rows = np.split(whole, ends[:-1])
+            ran_at = time.monotonic()
+            self._count(run, (ran_at - started) * 1e3)
+            for number, ticket in enumerate(run):
+                if len(run) > 1:
+                    drafts.append(ticket.draft())
+                    drafts[number].rows[:] = rows[number]
+                self._deliver(ticket, drafts[number], started, ran_at)
+        finally:
+            for draft in drafts:
+                draft.discard()
+
+    def _deliver(self, ticket: _Ticket, draft: Draft, started: float, ran_at: float) -> None:
+        begun = time.monotonic()
+        if not all_finite(draft.rows, self.output_dtype):
+            _answer(
+                ticket, LaneFault("the embedding is not finite; the input or the artifact's precision is out of range")
+            )
+            return
+        entry = draft.publish(self.identity)
+        took_ms = (time.monotonic() - begun) * 1e3
+        queue_ms = (started - ticket.queued_at) * 1e3
+        _answer(ticket, Ran(draft.rows, entry, queue_ms, (ran_at - started) * 1e3, took_ms))
+
+    def _fault(self) -> LaneFault:
+        runtime = self.identity.runtime
+        return LaneFault(f"the {runtime} runtime failed on this item; the server's log has the details")
+
+    def _is_well(self) -> bool:
+        try:
+            self._known_good(self._grid(*_WARM_UP_TOKENS[0]))
+        except BaseException:
+            logger.exception("%s failed on an item that is known to be good", self.identity.name)
+            return False
+        return True
+
+    def _go_out(self) -> None:
+        """Out of service: what waits is given back, for other lanes."""
+        with self._changed:
+            self._out_until = time.monotonic() + self._pause_s
+            logger.error("%s is out of service and is tried again in %g s", self.identity.name, self._pause_s)
+            self._pause_s = min(2 * self._pause_s, _LONGEST_PAUSE_S)
+            left = self._queue.clear()
+            self._waiting = NOTHING
+            self._changed.notify_all()
+        for ticket in left:
+            _answer(ticket, LaneOut())
+
+    def _try_again(self) -> None:
+        well = self._is_well()
+        with self._changed:
+            if well:
+                self._out_until, self._pause_s = None, _FIRST_PAUSE_S
+                logger.warning("%s is in service again", self.identity.name)
+            else:
+                self._out_until = time.monotonic() + self._pause_s
+                self._pause_s = min(2 * self._pause_s, _LONGEST_PAUSE_S)
+            self._changed.notify_all()
+
+    def _count(self, run: Sequence[_Ticket], run_ms: float) -> None:
+        work = _total(run)
+        with self._changed:
+            self.cost.learn(work, run_ms)
+            self._runs += 1
+            self._items += len(run)
+            self._patches += work.patches
+        self._tell(run[0], self._observer.run, self.identity.name, len(run), work.patches, run_ms)
+
+    def _tell(self, ticket: _Ticket, listener: Callable[..., None], *values: object) -> None:
+        with suppress(RuntimeError):  # the loop is closed
+            ticket.loop.call_soon_threadsafe(listener, *values)
+
+    def _known_good(self, grid: Grid) -> float:
+        """Run an item of this size; returns the milliseconds it took."""
+        blank = _blank(grid, self._tower)
+        started = time.monotonic()
+        self._runtime.encode(blank.values, [grid], self._tower)
+        return (time.monotonic() - started) * 1e3
+
+    def _grid(self, token_h: int, token_w: int) -> Grid:
+        merge = self._tower.spatial_merge_size
+        return Grid(1, token_h * merge, token_w * merge)
 
 
-def _resolve(done: asyncio.Future[Encoded], result: Encoded | LaneFault) -> None:
-    if done.cancelled():
+def _total(run: Sequence[_Ticket]) -> Work:
+    return sum((ticket.work for ticket in run), NOTHING)
+
+
+def _blank(grid: Grid, tower: TowerSpec) -> Patches:
+    return Patches(np.zeros((grid.patches, tower.patch_width), np.uint8), grid)
+
+
+def _answer(ticket: _Ticket, result: Ran | EncoderError | LaneOut) -> None:
+    with suppress(RuntimeError):  # a loop that was closed has nobody left who waits
+        ticket.loop.call_soon_threadsafe(_resolve, ticket.done, result)
+
+
+def _resolve(done: asyncio.Future[Ran], result: Ran | EncoderError | LaneOut) -> None:
+    if done.done():
         return
-    if isinstance(result, LaneFault):
-        done.set_exception(result)
-    else:
+    if isinstance(result, Ran):
         done.set_result(result)
+    else:
+        done.set_exception(result)

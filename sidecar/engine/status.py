@@ -5,6 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 
+@dataclass(frozen=True, slots=True)
+class LaneIdentity:
+    """What encodes, as the runtime itself reports it; `name` is this server's own."""
+
+    name: str
+    runtime: str
+    device: str
+    precision: str
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CostCurve:
     """A lane's measured cost: a run of N patches, whose frames' squares sum to Q, takes fixed + per_patch·N + per_pair·Q ms.

@@ -1,6 +1,6 @@
 """What a runtime is: it loads one graph on one device and turns the patches of a run into embeddings.
 
-A runtime knows nothing of requests, queues or files of embeddings. It is called from one thread at a time.
+A runtime knows nothing of requests, queues or files of embeddings. It is called from as many threads at a time as it has streams.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ class RuntimeFault(RuntimeError):
 class Load:
     """What a runtime needs to load.
 
-    `device` is in the runtime's own terms (`cpu`, `cuda:0`). `threads` 0 leaves the number to the runtime.
+    `device` is in the runtime's own terms (`cpu`, `cuda:0`). `threads` 0 leaves the number to the runtime. `streams`: runs that
+    may go on side by side, sharing the threads; a runtime that has no such thing takes one.
     `cache_dir`: where compiled models may be kept for the next start, or None.
     """
 
@@ -36,6 +37,7 @@ class Load:
     output_dtype: DType
     device: str = "cpu"
     threads: int = 0
+    streams: int = 1
     cache_dir: Path | None = None
 
 
@@ -47,12 +49,14 @@ class Runtime(ABC):
         device: what really runs, read back from the runtime after loading.
         precision: what the graph computes in, as the artifact names it.
         output_dtype: dtype of the embeddings.
+        streams: how many threads may call it at a time.
     """
 
     name: str
     device: str
     precision: str
     output_dtype: DType
+    streams: int = 1
 
     @abstractmethod
     def run(self, patches: Array, grids: Sequence[Grid], out: Array) -> None:

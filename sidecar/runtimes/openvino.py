@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ OUTPUT_TYPE = {DType.FLOAT32: ov.Type.f32, DType.FLOAT16: ov.Type.f16, DType.BFL
 
 
 class OpenVinoRuntime(Runtime):
-    """One compiled model and one infer request."""
+    """One compiled model, and an infer request for each of its streams."""
 
     name = "openvino"
 
@@ -47,7 +48,10 @@ class OpenVinoRuntime(Runtime):
             steps = ov.preprocess.PrePostProcessor(model)
             steps.output().tensor().set_element_type(OUTPUT_TYPE[load.output_dtype])
             compiled = core.compile_model(steps.build(), openvino_device(load.device), compile_options(load))
-            self._request = compiled.create_infer_request()
+            self.streams = load.streams
+            self._requests: queue.SimpleQueue[ov.InferRequest] = queue.SimpleQueue()
+            for _ in range(self.streams):
+                self._requests.put(compiled.create_infer_request())
         except (RuntimeError, KeyError) as error:
             raise RuntimeFault(f"OpenVINO could not load {load.graph.name} on {load.device}: {error}") from error
         self.device = describe_device(core, compiled, load.precision)
@@ -60,13 +64,16 @@ class OpenVinoRuntime(Runtime):
         arrays: dict[str, Array] = {
             name: np.ascontiguousarray(array) for name, array in {"patches": pixels, **plan.tower_inputs}.items()
         }
+        request = self._requests.get()
         try:
             for name in self._inputs:
-                self._request.set_tensor(name, ov.Tensor(arrays[name], shared_memory=True))
-            self._request.set_output_tensor(shared_output(out, self.output_dtype))
-            self._request.infer()
+                request.set_tensor(name, ov.Tensor(arrays[name], shared_memory=True))
+            request.set_output_tensor(shared_output(out, self.output_dtype))
+            request.infer()
         except RuntimeError as error:
             raise RuntimeFault(f"OpenVINO failed on a run of {len(patches)} patches: {error}") from error
+        finally:
+            self._requests.put(request)
 
 
 def shared_output(out: Array, dtype: DType) -> ov.Tensor:
@@ -85,6 +92,8 @@ def compile_options(load: Load) -> dict[str, Any]:
         "INFERENCE_PRECISION_HINT": _INFERENCE_PRECISION[load.precision],
         "DYNAMIC_QUANTIZATION_GROUP_SIZE": DYNAMIC_QUANTISATION_GROUP if load.precision == "int8" else 0,
     }
+    if load.streams > 1:
+        options |= {"PERFORMANCE_HINT": "THROUGHPUT", "NUM_STREAMS": load.streams}
     if load.threads:
         options["INFERENCE_NUM_THREADS"] = load.threads
     if load.cache_dir is not None:

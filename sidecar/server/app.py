@@ -4,32 +4,51 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
-import socket
+import sys
 import threading
 import time
+from collections.abc import AsyncIterator, Coroutine
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 
 import grpc
 from grpc_health.v1 import health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from sidecar.engine.scheduler import Scheduler
+from sidecar.artifact import Artifact
+from sidecar.engine.scheduler import Limits, Scheduler
+from sidecar.engine.store import Store, default_capacity
+from sidecar.engine.store_directory import StoreDirectory
+from sidecar.machine import pin, usable_cores
 from sidecar.server import health
-from sidecar.server.loading import choose_variant, load_lane, open_for
+from sidecar.server.calls import Calls
+from sidecar.server.contents import Preprocessor
+from sidecar.server.listening import bind, is_local
+from sidecar.server.loading import choose_variant, load_lanes, open_for
+from sidecar.server.metrics import Metrics
+from sidecar.server.model import Model, describe
+from sidecar.server.monitor import Monitor
+from sidecar.server.orders import Orders
+from sidecar.server.reload import Reloader
+from sidecar.server.security import BearerTokens, TokenInterceptor, server_credentials
 from sidecar.server.service import SERVICE, EncoderService
+from sidecar.server.snapshots import LoopSnapshot
+from sidecar.server.tracing import Tracing
+from sidecar.server.urls import UrlFetcher
 from sidecar.settings import Settings
 
 logger = logging.getLogger(__name__)
 
 # How long a run may go on once its callers have been sent away.
 _LAST_RUN_S = 1.0
+# What is still open once all work is done: streams of reflection, connections.
+_LAST_STREAMS_S = 1.0
+_LOOK_S = 0.1
 _PREPROCESS = "preprocess"
-
-
-class BindError(OSError):
-    """An address cannot be listened on."""
+# A thread that computes in Python gives way to the event loop this often; the interpreter's own 5 ms would show in health checks.
+_SWITCH_INTERVAL_S = 0.0005
 
 
 async def serve(settings: Settings) -> bool:
@@ -39,37 +58,206 @@ async def serve(settings: Settings) -> bool:
         Whether all of it was finished in time; if not, a run that nothing can stop may still be going on.
 
     Raises:
-        ArtifactError, RuntimeFault, BindError: if the server cannot start.
+        ArtifactError, BindError, MachineError, RuntimeFault, SecurityError, StoreError, UrlsUnavailable: if it cannot start.
     """
     started = time.perf_counter()
-    stopping = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stopping.set)
-    artifact = open_for(settings)
-    variant = choose_variant(artifact, settings)
-    server = grpc.aio.server(options=_options(settings))
-    # Before the graph is loaded, which may take a minute: an address in use shows at once.
-    addresses = [_bind(server, address) for address in settings.listen]
-    lane = await asyncio.to_thread(load_lane, artifact, variant, settings)
-    scheduler = Scheduler([lane], settings.max_queue_patches)
-    preprocessing = ThreadPoolExecutor(settings.preprocess_threads, thread_name_prefix=_PREPROCESS)
-    EncoderService(artifact.manifest, variant, scheduler, preprocessing, settings).add_to(server)
-    health_service = health.HealthService([SERVICE])
-    health_pb2_grpc.add_HealthServicer_to_server(health_service, server)
-    reflection.enable_server_reflection((SERVICE, health.SERVICE, reflection.SERVICE_NAME), server)
-    await server.start()
-    logger.info("ready on %s after %.1f s", ", ".join(addresses), time.perf_counter() - started)
+    sys.setswitchinterval(_SWITCH_INTERVAL_S)
+    pin(settings.cpus, settings.numa_node)
+    async with AsyncExitStack() as resources:
+        app = _App(settings, resources)
+        server, addresses = (
+            app.listen()
+        )  # before the graph is loaded, which may take a minute: an address in use shows at once
+        await app.load()
+        app.answer(server)
+        await server.start()
+        logger.info("ready on %s after %.1f s", ", ".join(addresses), time.perf_counter() - started)
+        return await app.run(server)
 
-    await stopping.wait()
-    logger.info("draining for at most %g s", settings.drain_seconds)
-    health_service.drain()
-    await server.stop(settings.drain_seconds)
-    preprocessing.shutdown(wait=False, cancel_futures=True)
-    drained = await asyncio.to_thread(scheduler.close, _LAST_RUN_S)
-    # A decoder cannot be stopped either, and the interpreter would wait for it at its end.
-    drained = drained and not await asyncio.to_thread(_lingering, _LAST_RUN_S)
-    logger.info("stopped" if drained else "stopped with a run still going on; its callers were told to go elsewhere")
-    return drained
+
+class _App:
+    """What a server is made of, in the order in which it is made."""
+
+    def __init__(self, settings: Settings, resources: AsyncExitStack) -> None:
+        self._settings = settings
+        self._resources = resources
+        self._stopping = asyncio.Event()
+        self._store: Store | None = None
+        self._reloader: Reloader | None = None
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._stop)
+        loop.add_signal_handler(signal.SIGHUP, self._ask_to_reload)
+        # What an operator got wrong is found out before anything is loaded.
+        self._artifact = open_for(settings)
+        self._variants = [choose_variant(self._artifact, device, settings) for device in settings.device]
+        self._tokens = BearerTokens(settings.token_file) if settings.token_file else None
+        self._metrics = Metrics()
+        self._tracing = Tracing.from_environment()
+        resources.callback(self._tracing.close)
+        self._monitor = self._start_monitor()
+        self._fetcher = self._make_fetcher()
+        self._calls = Calls(
+            self._metrics, self._tracing, settings.max_held_bytes, self._tokens.name_of if self._tokens else None
+        )
+        self._preprocessing = ThreadPoolExecutor(settings.preprocess_threads, thread_name_prefix=_PREPROCESS)
+        self._opening = ThreadPoolExecutor(1, thread_name_prefix=_PREPROCESS + "-open")
+        self._health = health.HealthService([SERVICE])
+
+    def listen(self) -> tuple[grpc.aio.Server, list[str]]:
+        settings = self._settings
+        interceptors = [TokenInterceptor(self._tokens)] if self._tokens else []
+        server = grpc.aio.server(interceptors=interceptors, options=_options(settings))
+        credentials = None
+        if settings.tls_cert and settings.tls_key:
+            credentials = server_credentials(settings.tls_cert, settings.tls_key, settings.tls_client_ca)
+        if not credentials and self._tokens and not all(map(is_local, settings.listen)):
+            logger.warning("tokens travel in the clear: give --tls-cert and --tls-key, or encrypt the network")
+        return server, [bind(server, address, credentials) for address in settings.listen]
+
+    async def load(self) -> None:
+        """The store and the first model."""
+        settings = self._settings
+        if settings.store:
+            directory = await asyncio.to_thread(StoreDirectory, settings.store)
+            capacity = settings.store_bytes or default_capacity(directory.path)
+            self._store = Store(directory, capacity, settings.lease_seconds, self._artifact.manifest.fingerprint)
+            self._resources.callback(self._store.close)
+            logger.info("store %s of %d MB", directory.path, capacity >> 20)
+        logger.info("this process has %s", usable_cores())
+        model = await asyncio.to_thread(self._load, self._artifact)
+        self._service = EncoderService(model, settings, self._calls)
+        self._metrics.watch(LoopSnapshot(asyncio.get_running_loop(), lambda: self._service.model.scheduler.status()))
+
+    def answer(self, server: grpc.aio.Server) -> None:
+        self._service.add_to(server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        reflection.enable_server_reflection((SERVICE, health.SERVICE, reflection.SERVICE_NAME), server)
+
+    async def run(self, server: grpc.aio.Server) -> bool:
+        """Until told to stop, and the drain after it."""
+        settings = self._settings
+        self._reloader = Reloader(
+            self._service,
+            self._calls,
+            self._load_again,
+            settings.artifact,
+            watch=settings.watch_artifact,
+            failed=lambda why: self._metrics.error("RELOAD", why),
+        )
+        async with _background(self._reloader.run(), self._watch_lanes(), self._metrics.watch_loop()):
+            await self._stopping.wait()
+        logger.info("draining for at most %g s", settings.drain_seconds)
+        until = time.monotonic() + settings.drain_seconds
+        self._health.drain()
+        self._service.draining = True
+        with suppress(TimeoutError):
+            async with asyncio.timeout(settings.drain_seconds):
+                await self._finished()
+        await server.stop(min(_LAST_STREAMS_S, max(0.0, until - time.monotonic())))
+        for pool in (self._preprocessing, self._opening):
+            pool.shutdown(wait=False, cancel_futures=True)
+        drained = await asyncio.to_thread(self._service.model.scheduler.close, _LAST_RUN_S)
+        # A decoder cannot be stopped either, and the interpreter would wait for it at its end.
+        drained = drained and not await asyncio.to_thread(_lingering, _LAST_RUN_S)
+        logger.info(
+            "stopped" if drained else "stopped with a run still going on; its callers were told to go elsewhere"
+        )
+        return drained
+
+    async def _finished(self) -> None:
+        """Return once everything accepted is answered and no lease is held: a lease's holder has yet to map the file."""
+        await self._calls.finished()
+        while self._store and self._store.leased():  # noqa: ASYNC110  # they end by expiring, which nothing tells
+            await asyncio.sleep(_LOOK_S)
+        await self._calls.finished()  # who fetched meanwhile
+
+    async def _watch_lanes(self) -> None:
+        while True:
+            self._health.set_serving(self._service.model.scheduler.in_service)
+            await asyncio.sleep(_LOOK_S)
+
+    async def _load_again(self) -> Model:
+        return await asyncio.to_thread(lambda: self._load(open_for(self._settings)))
+
+    def _load(self, artifact: Artifact) -> Model:
+        settings = self._settings
+        manifest = artifact.manifest
+        variants = [choose_variant(artifact, device, settings) for device in settings.device]
+        lanes = load_lanes(artifact, variants, settings, self._metrics)
+        scheduler = Scheduler(
+            lanes,
+            manifest.tower,
+            manifest.fingerprint,
+            store=self._store,
+            preprocessing=self._preprocessing,
+            preprocess_threads=settings.preprocess_threads,
+            limits=Limits(items=settings.max_queue_items, patches=settings.max_queue_patches),
+            observer=self._metrics,
+        )
+        preprocessor = Preprocessor(
+            tower=manifest.tower,
+            pixels=manifest.pixels,
+            max_image_pixels=settings.max_image_pixels,
+            max_frames=settings.max_frames,
+            max_item_patches=settings.max_item_patches,
+        )
+        orders = Orders(preprocessor, self._opening, self._fetcher)
+        return Model(artifact, scheduler, orders, describe(artifact, variants, scheduler, settings))
+
+    def _start_monitor(self) -> Monitor | None:
+        if self._settings.metrics_listen == "none":
+            return None
+        monitor = Monitor.start(self._settings.metrics_listen, self._metrics, lambda: self._is_healthy())
+        self._resources.callback(monitor.close)
+        logger.info("metrics and status page on http://%s", monitor.address)
+        return monitor
+
+    def _is_healthy(self) -> bool:
+        return self._metrics.status() is not None and self._health.serving
+
+    def _make_fetcher(self) -> UrlFetcher | None:
+        settings = self._settings
+        if not settings.url_input:
+            return None
+        fetcher = UrlFetcher(settings.url_hosts, max_bytes=settings.url_bytes, timeout_s=settings.url_seconds)
+        self._resources.push_async_callback(fetcher.close)
+        return fetcher
+
+    def _ask_to_reload(self) -> None:
+        if self._reloader is None:
+            logger.warning("SIGHUP while loading: there is nothing to reload yet")
+        else:
+            self._reloader.ask()
+
+    def _stop(self) -> None:
+        if not self._stopping.is_set():
+            self._stopping.set()
+            return
+        logger.warning("told to stop a second time: stopping at once")
+        if self._store:
+            self._store.close()
+        logging.shutdown()
+        os._exit(1)
+
+
+@asynccontextmanager
+async def _background(*coroutines: Coroutine[None, None, None]) -> AsyncIterator[None]:
+    """Run coroutines until the block ends. One that fails is a defect, and is told as soon as it happens."""
+    tasks = [asyncio.create_task(coroutine) for coroutine in coroutines]
+    for task in tasks:
+        task.add_done_callback(_tell_failure)
+    try:
+        yield
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _tell_failure(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and (error := task.exception()) is not None:
+        logger.error("a part of the server has failed", exc_info=error)
 
 
 def _lingering(timeout_s: float) -> list[threading.Thread]:
@@ -90,31 +278,3 @@ def _options(settings: Settings) -> list[tuple[str, int]]:
         ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
         ("grpc.keepalive_permit_without_calls", 1),
     ]
-
-
-def _bind(server: grpc.aio.Server, address: str) -> str:
-    """Listen on an address and return it with the port that was really taken."""
-    if address.startswith("unix:"):
-        _refuse_living_socket(Path(address.removeprefix("unix:").removeprefix("//")))
-    try:
-        port = server.add_insecure_port(address)
-    except RuntimeError as error:
-        reason = "it is in use, or not an address of this machine"
-        if address.startswith("unix:"):
-            reason = "a file is in its place, its directory does not exist, or its path has over 107 bytes"
-        raise BindError(f"cannot listen on {address}: {reason}") from error
-    if address.startswith(("unix:", "unix-abstract:")):
-        return address
-    return f"{address.rpartition(':')[0]}:{port}"
-
-
-def _refuse_living_socket(path: Path) -> None:
-    """gRPC replaces a socket file without asking; one that still answers belongs to somebody."""
-    if not path.is_socket():
-        return
-    with socket.socket(socket.AF_UNIX) as probe:
-        try:
-            probe.connect(str(path))
-        except OSError:
-            return
-    raise BindError(f"another server is listening on unix:{path}")

@@ -1,4 +1,5 @@
-"""grpc.health.v1: SERVING from the first answer on, since a server starts only when it is warm; NOT_SERVING once it drains.
+"""grpc.health.v1: SERVING from the first answer on, since a server starts only when it is warm; NOT_SERVING while no lane is in
+service, and once it drains.
 
 gRPC's own servicer never ends the streams of `Watch`, so each of them would hold up every drain until its time is over.
 """
@@ -22,11 +23,24 @@ class HealthService(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # ge
 
     def __init__(self, services: Iterable[str]) -> None:
         self._services = frozenset(("", *services))
-        self._draining = asyncio.Event()
+        self._serving = True
+        self._draining = False
+        self._changed = asyncio.Event()
+
+    @property
+    def serving(self) -> bool:
+        return self._serving and not self._draining
+
+    def set_serving(self, serving: bool) -> None:
+        """Say whether any lane is in service."""
+        if serving != self._serving:
+            self._serving = serving
+            self._tell()
 
     def drain(self) -> None:
         """Answer NOT_SERVING from now on, tell the watchers, and let them go."""
-        self._draining.set()
+        self._draining = True
+        self._tell()
 
     async def Check(self, request: HealthCheckRequest, context: _Context) -> HealthCheckResponse:
         if request.service not in self._services:
@@ -35,14 +49,23 @@ class HealthService(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # ge
         return self._health(request.service)
 
     async def Watch(self, request: HealthCheckRequest, context: _Context) -> AsyncIterator[HealthCheckResponse]:
-        told = self._health(request.service)
-        yield told
-        await self._draining.wait()
-        if (last := self._health(request.service)) != told:
-            yield last
+        told = None
+        while True:
+            changed = self._changed
+            if (now := self._health(request.service)) != told:
+                yield now
+                told = now
+            if self._draining:
+                return
+            await changed.wait()
+
+    def _tell(self) -> None:
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()
 
     def _health(self, service: str) -> HealthCheckResponse:
         if service not in self._services:
             return HealthCheckResponse(status=HealthCheckResponse.SERVICE_UNKNOWN)
-        status = HealthCheckResponse.NOT_SERVING if self._draining.is_set() else HealthCheckResponse.SERVING
-        return HealthCheckResponse(status=status)
+        return HealthCheckResponse(
+            status=HealthCheckResponse.SERVING if self.serving else HealthCheckResponse.NOT_SERVING
+        )

@@ -1,4 +1,4 @@
-"""From settings to a warm lane: open and verify the artifact, choose the variant, load the runtime."""
+"""From settings to warm lanes: open and verify the artifact, choose each device's variant, load the runtimes."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ import hashlib
 import logging
 import os
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from sidecar.adopted import adopt_optimum, is_optimum_directory
 from sidecar.artifact import MANIFEST, Artifact, ArtifactError, Variant, open_artifact
 from sidecar.engine.lane import Lane
+from sidecar.engine.observer import Observer
+from sidecar.machine import usable_cores
 from sidecar.runtimes import cache
 from sidecar.runtimes.base import Load
 from sidecar.runtimes.loading import load_runtime
@@ -39,8 +42,8 @@ def open_for(settings: Settings) -> Artifact:
     return open_artifact(settings.artifact)
 
 
-def choose_variant(artifact: Artifact, settings: Settings) -> Variant:
-    """The variant to serve on the device of the settings.
+def choose_variant(artifact: Artifact, device: str, settings: Settings) -> Variant:
+    """The variant to serve on a device.
 
     Raises:
         ArtifactError: if the artifact has none, or its accuracy does not allow it.
@@ -48,7 +51,7 @@ def choose_variant(artifact: Artifact, settings: Settings) -> Variant:
     precision = None if settings.precision == "auto" else settings.precision
     runtime = settings.runtime
     if runtime == "auto":
-        on_torch = settings.device.split(":")[0] in ("cuda", "xpu")
+        on_torch = device.split(":")[0] in ("cuda", "xpu")
         known = {variant.runtime for variant in artifact.manifest.variants}
         preferred = ("torch",) if on_torch else ("openvino", "onnx", "optimum", "torch")
         runtime = next((name for name in preferred if name in known), preferred[0])
@@ -65,13 +68,46 @@ def choose_variant(artifact: Artifact, settings: Settings) -> Variant:
     return variant
 
 
-def load_lane(artifact: Artifact, variant: Variant, settings: Settings) -> Lane:
-    """Load the runtime while the files are verified, then warm it up.
+def load_lanes(
+    artifact: Artifact, variants: Sequence[Variant], settings: Settings, observer: Observer | None = None
+) -> list[Lane]:
+    """A warm lane for each of the settings' devices, with the variant chosen for it. What was loaded is closed if one fails.
 
     Raises:
         ArtifactError: if a file is missing or changed.
-        RuntimeFault: if the runtime cannot load or run the graph.
+        RuntimeFault: if a runtime cannot load or run its graph.
     """
+    cores = usable_cores()
+    on_cpu = [device for device in settings.device if _is_cpu(device)]
+    lanes: list[Lane] = []
+    try:
+        for number, (device, variant) in enumerate(zip(settings.device, variants, strict=True)):
+            twins = settings.device[:number].count(device)
+            threads = settings.threads
+            if not threads and _is_cpu(device):
+                threads = max(1, cores.threads // len(on_cpu))
+            lanes.append(
+                _load_lane(
+                    f"{device}-{twins + 1}" if twins else device, device, artifact, variant, threads, settings, observer
+                )
+            )
+    except BaseException:
+        for lane in lanes:
+            lane.close()
+        raise
+    return lanes
+
+
+def _load_lane(
+    name: str,
+    device: str,
+    artifact: Artifact,
+    variant: Variant,
+    threads: int,
+    settings: Settings,
+    observer: Observer | None,
+) -> Lane:
+    """Load the runtime while the files are verified, then warm it up."""
     manifest = artifact.manifest
     dtype = manifest.checkpoint.dtype if settings.embedding_dtype == "auto" else DType(settings.embedding_dtype)
     missing = [name for name in variant.files if not artifact.path(name).is_file()]
@@ -83,8 +119,9 @@ def load_lane(artifact: Artifact, variant: Variant, settings: Settings) -> Lane:
         tower=manifest.tower,
         pixels=manifest.pixels,
         output_dtype=dtype,
-        device=settings.device,
-        threads=settings.threads,
+        device=device,
+        threads=threads,
+        streams=settings.streams,
         cache_dir=_writable(_cache_of(artifact, variant, settings.cache_dir)),
     )
     started = time.perf_counter()
@@ -98,20 +135,29 @@ def load_lane(artifact: Artifact, variant: Variant, settings: Settings) -> Lane:
             # A damaged file explains a runtime that could not load it, so it is reported first.
             verified.result()
     loaded = time.perf_counter()
-    lane = Lane(runtime, manifest.tower)
-    lane.warm_up()
+    lane = Lane(name, runtime, manifest.tower, batch_patches=settings.batch_patches, observer=observer)
+    try:
+        lane.warm_up(settings.warm_up_seconds)
+    except BaseException:
+        lane.close()
+        raise
     if load.cache_dir is not None:
         cache.record(load.cache_dir)
     logger.info(
-        "lane %s %s on %s, embeddings in %s; loaded in %.1f s, warm after %.1f s",
+        "lane %s: %s %s on %s, embeddings in %s; loaded in %.1f s, warm after %.1f s",
+        name,
         variant.name,
-        artifact.manifest.fingerprint[:16],
+        manifest.fingerprint[:16],
         runtime.device,
         dtype,
         loaded - started,
         time.perf_counter() - started,
     )
     return lane
+
+
+def _is_cpu(device: str) -> bool:
+    return device.removeprefix("ov:").lower() == "cpu"
 
 
 def _cache_of(artifact: Artifact, variant: Variant, cache_dir: Path | None) -> Path | None:

@@ -1,4 +1,4 @@
-"""From the bytes of a request to an `EncodeRequest`.
+"""From the bytes of a request to its message.
 
 gRPC would parse them before anybody could look at them, and a parsed item costs forty times the two bytes that an empty one
 takes on the wire: a message within its limit could fill the memory. So the items are counted first.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from google.protobuf.message import DecodeError
 
+from sidecar.engine.store import MAX_LEASES
 from sidecar.errors import InvalidRequest
 from sidecar.pb import encoder_pb2
 
@@ -34,6 +35,35 @@ def parse_request(data: bytes, max_items: int) -> encoder_pb2.EncodeRequest:
     if len(request.items) > max_items:
         raise InvalidRequest(f"the request has {len(request.items)} items, this server takes {max_items} at once")
     return request
+
+
+def parse_fetch(data: bytes, max_items: int) -> encoder_pb2.FetchRequest:
+    """Parse a request of 1 to `max_items` keys.
+
+    Raises:
+        InvalidRequest: if there are none or more of them, or the bytes are no FetchRequest.
+    """
+    if _has_more_fields(data, max_items + _UNKNOWN_FIELDS):
+        raise InvalidRequest(f"the request has far more than the {max_items} keys that this server takes at once")
+    try:
+        request = encoder_pb2.FetchRequest.FromString(data)
+    except DecodeError as error:
+        raise InvalidRequest(f"the request is not an epd.encoder.v1.FetchRequest: {error}") from None
+    if not 0 < len(request.keys) <= max_items:
+        raise InvalidRequest(f"send from 1 to {max_items} keys, got {len(request.keys)}")
+    return request
+
+
+def parse_release(data: bytes) -> encoder_pb2.ReleaseRequest:
+    """Raises:
+    InvalidRequest: if there are too many leases, or the bytes are no ReleaseRequest.
+    """
+    if _has_more_fields(data, MAX_LEASES):
+        raise InvalidRequest(f"the request has more than {MAX_LEASES} leases; there are never more")
+    try:
+        return encoder_pb2.ReleaseRequest.FromString(data)
+    except DecodeError as error:
+        raise InvalidRequest(f"the request is not an epd.encoder.v1.ReleaseRequest: {error}") from None
 
 
 def _has_more_fields(data: bytes, most: int) -> bool:

@@ -1,0 +1,119 @@
+"""What a run costs: a curve from patches to milliseconds, fitted to what runs really took.
+
+    ms = fixed + per_patch · N + per_pair · Q,   N = Σ t·h·w,   Q = Σ t·(h·w)²
+
+over the items of a run: the linear layers and windows grow with N, the full-attention blocks with Q, since a patch there sees its
+own frame. No part is negative, so the curve never falls.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from sidecar.engine.status import CostCurve
+from sidecar.vision.grid import Grid
+
+_SAMPLES = 128
+_REFIT_EVERY = 8
+_KEPT_ANCHORS = 16
+# A new sample outweighs an old one of the same size by so much for each sample that came between.
+_FORGETTING = 0.97
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What the curve looks at: patches and Q, summed over the items of a run."""
+
+    patches: int
+    pairs: float
+
+    @staticmethod
+    def of(grids: Iterable[Grid]) -> Work:
+        grids = list(grids)
+        return Work(sum(grid.patches for grid in grids), float(sum(grid.t * (grid.h * grid.w) ** 2 for grid in grids)))
+
+    def __add__(self, other: Work) -> Work:
+        return Work(self.patches + other.patches, self.pairs + other.pairs)
+
+    def __sub__(self, other: Work) -> Work:
+        return Work(self.patches - other.patches, self.pairs - other.pairs)
+
+
+NOTHING = Work(0, 0.0)
+
+
+class CostModel:
+    """Learns from every run. One owner; reading `ms` from other threads is safe, since a fit is replaced as a whole."""
+
+    def __init__(self) -> None:
+        self._anchors: list[tuple[Work, float]] = []  # of the warm-up: sizes that traffic may not have
+        self._recent: deque[tuple[Work, float]] = deque(maxlen=_SAMPLES)
+        self._since_fit = 0
+        self._fit = (0.0, 0.0, 0.0)
+
+    def anchor(self, work: Work, ms: float) -> None:
+        """Learn from a warm-up run."""
+        self._anchors = [*self._anchors, (work, ms)][-_KEPT_ANCHORS:]
+        self._refit()
+
+    def learn(self, work: Work, ms: float) -> None:
+        """Learn from a run under load."""
+        self._recent.append((work, ms))
+        self._since_fit += 1
+        if self._since_fit >= _REFIT_EVERY:
+            self._refit()
+
+    def ms(self, work: Work) -> float:
+        """Predicted duration of a run."""
+        fixed, per_patch, per_pair = self._fit
+        return fixed + per_patch * work.patches + per_pair * work.pairs
+
+    @property
+    def fixed_ms(self) -> float:
+        """What a run costs however small it is: what is saved for each item that shares one."""
+        return self._fit[0]
+
+    def curve(self) -> CostCurve:
+        fixed, per_patch, per_pair = self._fit
+        samples = tuple((work.patches, ms) for work, ms in [*self._anchors, *self._recent])
+        return CostCurve(fixed_ms=fixed, per_patch_ms=per_patch, per_pair_ms=per_pair, samples=samples)
+
+    def _refit(self) -> None:
+        self._since_fit = 0
+        samples = [*self._anchors, *self._recent]
+        newest = len(self._recent)
+        # Warm-up is worth as much as the oldest of the recent samples: it decides where there are no others.
+        ages = [newest] * len(self._anchors) + [newest - 1 - index for index in range(newest)]
+        self._fit = fit(samples, [_FORGETTING**age for age in ages])
+
+
+def fit(samples: Sequence[tuple[Work, float]], weights: Sequence[float]) -> tuple[float, float, float]:
+    """The curve with the least weighted relative error whose parts are not negative: (fixed, per_patch, per_pair) in ms.
+
+    Relative, because a millisecond matters more to a small item. With three unknowns every choice of parts that are zero can be
+    tried, which is exact and needs no solver.
+    """
+    times = np.array([ms for _, ms in samples])
+    features = np.array([(1.0, work.patches, work.pairs) for work, _ in samples])
+    scale = features.max(axis=0)
+    scale[scale == 0] = 1.0
+    importance = np.sqrt(np.array(weights)) / np.maximum(times, 1e-3)
+    rows, target = features / scale * importance[:, None], times * importance
+    best, least = np.zeros(3), np.inf
+    for chosen in itertools.chain.from_iterable(itertools.combinations(range(3), size) for size in (1, 2, 3)):
+        columns = list(chosen)
+        solution, *_ = np.linalg.lstsq(rows[:, columns], target, rcond=1e-9)
+        if (solution < 0).any():
+            continue
+        error = float(np.square(rows[:, columns] @ solution - target).sum())
+        # A further part must earn its place: with few samples it would only fit their noise.
+        if error < least * 0.98:
+            best, least = np.zeros(3), error
+            best[columns] = solution
+    fixed, per_patch, per_pair = best / scale
+    return float(fixed), float(per_patch), float(per_pair)

@@ -1,0 +1,115 @@
+"""What of this machine the process really has: affinity, cgroup quota, physical cores, NUMA nodes.
+
+A container sees all of the host's CPUs, and a runtime that starts a thread for each of them is throttled by its quota: some
+threads then wait for a whole scheduler period in the middle of every parallel loop.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from sidecar.flags import cpu_list
+
+_ROOT = Path("/")
+
+
+class MachineError(ValueError):
+    """CPUs or a NUMA node that this process cannot have."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cores:
+    """`cpus` that the process may run on, the `physical` cores under them, and the cgroup's `quota` in CPUs, if it has one."""
+
+    cpus: int
+    physical: int
+    quota: float | None
+
+    @property
+    def threads(self) -> int:
+        """How many threads compute at full speed here: one a physical core, and none that the quota would stop."""
+        return max(1, min(self.physical, self.physical if self.quota is None else math.floor(self.quota + 0.01)))
+
+    def __str__(self) -> str:
+        quota = "" if self.quota is None else f", a quota of {self.quota:g}"
+        return f"{self.cpus} CPUs on {self.physical} cores{quota}"
+
+
+def usable_cores(root: Path = _ROOT) -> Cores:
+    """Read what is so now. `root`: where /proc and /sys are, for tests."""
+    cpus = os.sched_getaffinity(0)
+    return Cores(len(cpus), _physical(cpus, root), _quota(root))
+
+
+def pin(cpus: Iterable[int], numa_node: int, root: Path = _ROOT) -> None:
+    """Stay on these CPUs, and on those of a NUMA node unless it is -1: its memory follows, since pages come from the node of
+    the thread that first writes to them. Threads inherit it, so it must come before they do.
+
+    Raises:
+        MachineError: if none of them can be had.
+    """
+    wanted = set(cpus)
+    if numa_node >= 0:
+        try:
+            text = (root / f"sys/devices/system/node/node{numa_node}/cpulist").read_text()
+        except OSError:
+            raise MachineError(f"--numa-node {numa_node}: this machine has no such node") from None
+        node = set(cpu_list(text.strip()))
+        wanted = wanted & node if wanted else node
+        if not wanted:
+            raise MachineError(f"--cpus: none of them is on --numa-node {numa_node}")
+    if not wanted:
+        return
+    if missing := wanted - os.sched_getaffinity(0):
+        raise MachineError(f"--cpus: this process may not run on {','.join(map(str, sorted(missing)))}")
+    os.sched_setaffinity(0, wanted)
+
+
+def _physical(cpus: Iterable[int], root: Path) -> int:
+    cores = set()
+    for cpu in cpus:
+        siblings = str(cpu)
+        with suppress(OSError):
+            siblings = (root / f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text().strip()
+        cores.add(siblings)
+    return len(cores)
+
+
+def _quota(root: Path) -> float | None:
+    """The least quota on the way up from this process's cgroup, in CPUs (cgroups(7); cpu.max of version 2, cfs of version 1)."""
+    quotas = []
+    for line in _lines(root / "proc/self/cgroup"):
+        number, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if number == "0" and not controllers:
+            mount, version = root / "sys/fs/cgroup", 2
+        elif "cpu" in controllers.split(","):
+            mount, version = root / "sys/fs/cgroup/cpu", 1
+        else:
+            continue
+        group = Path(path.strip().lstrip("/"))
+        for level in (group, *group.parents):
+            quotas += _quota_at(mount / level, version)
+    return min(quotas, default=None)
+
+
+def _quota_at(group: Path, version: int) -> list[float]:
+    if version == 2:
+        words = [word for line in _lines(group / "cpu.max") for word in line.split()]
+    else:
+        words = [line.strip() for name in ("quota", "period") for line in _lines(group / f"cpu.cfs_{name}_us")]
+    if len(words) != 2 or not all(word.isdecimal() for word in words):  # "max", -1, or not there: no quota
+        return []
+    return [int(words[0]) / int(words[1])] if int(words[1]) else []
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text().splitlines()
+    except OSError:
+        return []

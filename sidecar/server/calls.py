@@ -1,0 +1,164 @@
+"""Every call from its start to its end: who calls, what the call holds, and what is told of it in log, metrics and traces."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+import grpc
+from grpc_status import rpc_status
+
+from sidecar.engine.observer import StageTimes
+from sidecar.engine.scheduler import Encoded
+from sidecar.errors import EncoderError, Fault, Overloaded, fault_of
+from sidecar.server.callers import Caller, Metadata, caller_of
+from sidecar.server.load_report import METADATA_KEY, load_report
+from sidecar.server.metrics import EMBEDDING, Metrics
+from sidecar.server.model import Model
+from sidecar.server.request_log import RequestRecord
+from sidecar.server.tracing import RequestSpan, Tracing
+
+logger = logging.getLogger(__name__)
+
+_SERVICE = "epd.encoder.v1.Encoder"
+_NO_TIME = StageTimes()
+# Faults of this server, as against what a caller did or may try again.
+_OURS = ("INTERNAL", "LANE_FAULT", "NO_LANE")
+
+
+@dataclass(slots=True, eq=False)
+class Call:
+    """One call. `model` answers it to its end, whatever is loaded meanwhile; `leases` are those it has handed out."""
+
+    calls: Calls
+    context: Any
+    model: Model
+    caller: Caller
+    record: RequestRecord
+    span: RequestSpan
+    leases: list[str] = field(default_factory=list)
+    held_bytes: int = 0
+
+    def admit(self, size: int) -> None:
+        """Hold a request's bytes.
+
+        Raises:
+            Overloaded: if the calls in hand hold too much. One alone passes, whatever its size.
+        """
+        held, most = self.calls.held_bytes, self.calls.max_held_bytes
+        if held and held + size > most:
+            raise Overloaded(f"calls in hand hold {held} bytes, the limit is {most}", retry_after_s=1.0)
+        self.hold(size)
+
+    def hold(self, size: int) -> None:
+        """Hold an embedding's bytes until the call is over."""
+        self.held_bytes += size
+        self.calls.held_bytes += size
+
+    async def abort(self, error: EncoderError) -> NoReturn:
+        """End the call with an error."""
+        fault = fault_of(error)
+        self.record.code = fault.code.name
+        self.span.failed(fault.code, fault.message)
+        self.calls.metrics.refused(fault.reason)
+        status = rpc_status.to_status(fault.status())
+        trailing = (*status.trailing_metadata, *_report(self.model))
+        await self.context.abort(status.code, status.details, trailing)
+        raise AssertionError("abort returns never")
+
+    def answered(self, index: int, encoded: Encoded | None, fault: Fault | None) -> None:
+        """An item has its answer."""
+        record, metrics = self.record, self.calls.metrics
+        if encoded is None:
+            assert fault is not None
+            ours = fault.reason in _OURS
+            record.failed += ours
+            record.refused += not ours
+            metrics.answered(fault.reason, "encoded")
+            if ours:
+                metrics.error(fault.reason, fault.message)
+            self.span.item(index, fault.reason, _NO_TIME)
+            return
+        record.answered += 1
+        record.cached += encoded.cached
+        record.coalesced += encoded.coalesced
+        record.add(encoded.times)
+        metrics.answered(EMBEDDING, "cache" if encoded.cached else "coalesced" if encoded.coalesced else "encoded")
+        self.span.item(index, EMBEDDING, encoded.times)
+
+
+class Calls:
+    """Those under way, and what they hold together."""
+
+    def __init__(
+        self,
+        metrics: Metrics,
+        tracing: Tracing,
+        max_held_bytes: int,
+        name_of: Callable[[Metadata], str | None] | None = None,
+    ) -> None:
+        """`name_of`: the name of a caller's token."""
+        self.metrics = metrics
+        self.max_held_bytes = max_held_bytes
+        self.held_bytes = 0
+        self._under_way: Counter[Model] = Counter()
+        self._ended = asyncio.Event()
+        self._tracing = tracing
+        self._name_of = name_of
+
+    @contextmanager
+    def begin(self, method: str, context: Any, bytes_in: int, model: Model) -> Iterator[Call]:
+        started = time.perf_counter()
+        caller = caller_of(context, self._name_of)
+        record = RequestRecord(method=method, peer=caller.peer, client=caller.client, bytes_in=bytes_in)
+        context.set_trailing_metadata(_report(model))
+        self._under_way[model] += 1
+        with self._tracing.request(context.invocation_metadata() or (), f"{_SERVICE}/{method}") as span:
+            call = Call(self, context, model, caller, record, span)
+            record.trace_id = span.trace_id
+            try:
+                yield call
+            except (asyncio.CancelledError, GeneratorExit):
+                # Nobody is left to use or release them.
+                if call.leases and model.scheduler.store:
+                    model.scheduler.store.release(call.leases)
+                record.code = grpc.StatusCode.CANCELLED.name
+                raise
+            except Exception as error:
+                if record.code == "OK":
+                    record.code = grpc.StatusCode.UNKNOWN.name
+                    logger.error("%s failed", method, exc_info=error)
+                raise
+            finally:
+                self._under_way[model] -= 1
+                if not self._under_way[model]:
+                    del self._under_way[model]
+                self._ended.set()
+                self.held_bytes -= call.held_bytes
+                record.ms = (time.perf_counter() - started) * 1e3
+                record.log(logger)
+                self.metrics.request(method, record.code, record.ms / 1e3)
+
+    async def finished(self) -> None:
+        """Return once no call is under way."""
+        while self._under_way:
+            await self._one_ends()
+
+    async def ended(self, model: Model) -> None:
+        """Return once no call is under way that began with this model."""
+        while self._under_way[model]:
+            await self._one_ends()
+
+    async def _one_ends(self) -> None:
+        self._ended.clear()
+        await self._ended.wait()
+
+
+def _report(model: Model) -> tuple[tuple[str, bytes], ...]:
+    return ((METADATA_KEY, load_report(model.scheduler.lanes)),)
