@@ -14,7 +14,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help demo test test-browser test-slow test-torchvision test-serving export serve bench lint format proto optimum-env container container-proof clean
+.PHONY: help demo test test-browser test-slow test-soak test-torchvision test-serving export serve bench lint format proto optimum-env container container-proof clean
 
 help:
 	@echo "make demo              a toy checkpoint becomes an artifact, is served, and encodes real photos"
@@ -23,6 +23,7 @@ help:
 	@echo "make serve MODEL=…     serve it on LISTEN=$(LISTEN); further flags in ARGS='--precision int8 …'"
 	@echo "make test-browser      the status page in a real browser"
 	@echo "make test-slow         the tests at real size"
+	@echo "make test-soak         the promises under load, faults and hostile input; 8 minutes, a line of figures each"
 	@echo "make test-serving      a serving install alone: what it takes and that it serves"
 	@echo "make container         the image TAG=$(TAG); more in deploy/README.md"
 	@echo "make container-proof   the image's steps and a container of it without an engine (root, Debian)"
@@ -39,10 +40,13 @@ demo: $(READY)
 	$(BIN)/python -m bench.demo
 
 test: $(READY)
-	$(BIN)/python -m pytest -m 'not slow'
+	$(BIN)/python -m pytest -m 'not slow and not soak'
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow -s
+
+test-soak: $(READY)
+	$(BIN)/python -m pytest -m soak -s
 
 # Debian's browser and its driver, where they are missing; elsewhere install chromium and chromedriver by hand.
 test-browser: $(READY)

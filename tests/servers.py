@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +71,13 @@ class Server:
 
 
 def spawn(artifact: Path, directory: Path, *flags: str, listen: str) -> tuple[subprocess.Popen[bytes], Path]:
-    """Start the command in a working directory of its own; return the process and its log."""
+    """Start the command in a working directory of its own; return the process and its log.
+
+    Each has a store of its own, unless the flags name one.
+    """
     log = directory / "log"
+    if "--store" not in flags:
+        flags = (*flags, "--store", tempfile.mkdtemp(dir=_stores()))
     command = [sys.executable, "-m", "sidecar", "serve", "--artifact", str(artifact), "--listen", listen]
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("EPD_", "DYN_"))}
     # gRPC's own lines on stderr would mix with the server's.
@@ -76,6 +85,15 @@ def spawn(artifact: Path, directory: Path, *flags: str, listen: str) -> tuple[su
     with log.open("wb") as output:
         process = subprocess.Popen([*command, *flags], cwd=directory, env=environment, stdout=output, stderr=output)
     return process, log
+
+
+@cache
+def _stores() -> Path:
+    """Where the stores lie: in shared memory where there is any. What killed servers leave there goes at the end."""
+    memory = Path("/dev/shm")
+    directory = Path(tempfile.mkdtemp(prefix="epd-tests-", dir=memory if memory.is_dir() else None))
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
+    return directory
 
 
 def exit_code(process: subprocess.Popen[bytes], timeout_s: float = 30) -> int:

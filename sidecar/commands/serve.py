@@ -6,6 +6,8 @@ import argparse
 import asyncio
 import logging
 import os
+import signal
+import sys
 
 from sidecar.artifact import ArtifactError
 from sidecar.commands import BAD_ARGUMENTS, FAILED, print_error
@@ -22,6 +24,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def run(options: argparse.Namespace) -> int:
     """Serve until told to stop. 0 after a drain, 1 if a run outlasted it, 2 if the settings, the artifact or an
     address will not do."""
+    # As a container's first process it has no default handlers: until the server has its own, SIGTERM would be lost.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     # The other commands import neither the engine nor a runtime.
     from sidecar.machine import MachineError
     from sidecar.server.app import serve

@@ -26,6 +26,11 @@ _START_OF_SCAN = b"\xff\xda"  # never inside coded data, where 0xff is escaped
 _USUAL_SCANS = 16
 _MOST_SCANNED_PIXELS = 1 << 30
 
+_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_PNG_CHUNK_BYTES = 12  # length, type and checksum around the data
+_PNG_MOST_CHUNKS = 1024  # beside those with pixels, of which large pictures have many
+_PNG_MOST_PIXEL_CHUNKS = 1 << 16
+
 _LONGEST_SIGNATURE = 16  # as many bytes as Pillow shows to its readers
 
 Image.init()  # registers the readers
@@ -67,6 +72,8 @@ def _open(data: bytes, max_image_pixels: int) -> ImageFile.ImageFile:
     Pillow's readers are called one by one because `Image.open` would warn of sizes by a limit of its own, which is
     global to the process, and cannot say which format it found damaged.
     """
+    if data.startswith(_PNG_SIGNATURE):
+        _check_chunks(data)
     for name in FORMATS:
         reader, recognises = Image.OPEN[name]
         recognised = recognises is None or recognises(data[:_LONGEST_SIGNATURE])
@@ -104,6 +111,27 @@ def _check_scans(image: Image.Image, data: bytes, what: str) -> None:
         scans = data.count(_START_OF_SCAN)
         if scans * image.width * image.height > _MOST_SCANNED_PIXELS and scans > _USUAL_SCANS:
             raise PixelError(f"{what} has {scans} scans, which would take too long to decode; save it again as usual")
+
+
+def _check_chunks(data: bytes) -> None:
+    """A PNG's header is read chunk by chunk, and an empty text chunk takes twelve bytes: without a bound, a few megabytes
+    would keep a reader busy for seconds. A photo has a dozen, and its pixels in chunks that may be as small as a row.
+
+    Raises:
+        PixelError: if there are far more of them than any picture needs (PNG, third edition, section 5.3).
+    """
+    position, chunks, pixels = len(_PNG_SIGNATURE), 0, 0
+    while position < len(data):
+        length = int.from_bytes(data[position : position + 4], "big")
+        if data[position + 4 : position + 8] == b"IDAT":
+            pixels += 1
+        else:
+            chunks += 1
+        if chunks > _PNG_MOST_CHUNKS or pixels > _PNG_MOST_PIXEL_CHUNKS:
+            raise PixelError(
+                "the PNG image has thousands of needless chunks, which take too long to read; save it again as usual"
+            )
+        position += _PNG_CHUNK_BYTES + length
 
 
 def _upright(image: Image.Image) -> Image.Image:

@@ -1,4 +1,4 @@
-"""A lane: one runtime, one thread, one queue. Nobody waits for ever, whatever the runtime does."""
+"""A lane: one runtime, its threads, one queue. Nobody waits for ever, whatever the runtime does."""
 
 from __future__ import annotations
 
@@ -6,27 +6,31 @@ import asyncio
 import logging
 import math
 import threading
+import time
 import weakref
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
-from lanes import TOWER, FakeRuntime, item
+from lanes import TOWER, FakeRuntime, draft, encode, entered, item, run
 
-from sidecar.engine.lane import Encoded, Lane
-from sidecar.errors import LaneFault, ShuttingDown, fault_of
+from sidecar.engine.cost import Work
+from sidecar.engine.lane import Lane, LaneOut, Ran
+from sidecar.errors import CannotFinish, LaneFault, ShuttingDown, fault_of
 from sidecar.runtimes.base import RuntimeFault
-from sidecar.vision.dtypes import DType
+from sidecar.vision.dtypes import Array, DType
 
-MakeLane = Callable[[FakeRuntime], Lane]
+MakeLane = Callable[..., Lane]
 
 
 @pytest.fixture
-def make_lane() -> Iterator[MakeLane]:
+def make_lane(monkeypatch: pytest.MonkeyPatch) -> Iterator[MakeLane]:
+    """One item a run unless told otherwise, and out of service for a moment only."""
+    monkeypatch.setattr("sidecar.engine.lane._FIRST_PAUSE_S", 0.02)
     lanes: list[Lane] = []
 
-    def make(runtime: FakeRuntime) -> Lane:
-        lanes.append(Lane(runtime, TOWER))
+    def make(runtime: FakeRuntime, batch_patches: int = 0) -> Lane:
+        lanes.append(Lane("lane", runtime, TOWER, batch_patches=batch_patches))
         return lanes[-1]
 
     yield make
@@ -34,31 +38,40 @@ def make_lane() -> Iterator[MakeLane]:
         assert lane.close(timeout_s=10)
 
 
-def run(work: Awaitable[object]) -> None:
-    async def limited() -> None:
-        await asyncio.wait_for(work, 20)
-
-    asyncio.run(limited())
-
-
-async def entered(runtime: FakeRuntime) -> None:
-    """Return once a run has begun."""
-    assert await asyncio.to_thread(runtime.entered.acquire, timeout=20)
+def expensive_start(lane: Lane) -> None:
+    """Let a lane believe that a run costs 10 ms, and a patch almost nothing."""
+    for patches in (4, 400, 4000):
+        lane.cost.anchor(Work(patches, 0.0), 10.0 + patches * 1e-4)
 
 
 def test_an_item_gets_its_rows_and_what_they_took(make_lane: MakeLane) -> None:
     lane = make_lane(FakeRuntime())
 
     async def ask() -> None:
-        encoded = await lane.encode(item(7, patches=8))
-        assert encoded.rows.tolist() == [[7.0] * 4] * 2
-        assert encoded.lane is lane
-        assert min(encoded.queue_ms, encoded.run_ms) >= 0
+        ran = await encode(lane, item(7, patches=8))
+        assert ran.rows.tolist() == [[7.0] * 4] * 2
+        assert min(ran.queue_ms, ran.run_ms, ran.publish_ms) >= 0
 
     run(ask())
 
 
-def test_items_run_one_after_another_in_the_order_they_came(make_lane: MakeLane) -> None:
+def test_the_runtime_writes_into_the_drafts_own_memory(make_lane: MakeLane) -> None:
+    """No copy of an embedding on its way into the store."""
+    runtime = FakeRuntime()
+    outs: list[Array] = []
+    whole = runtime.run
+    runtime.run = lambda patches, grids, out: (outs.append(out), whole(patches, grids, out))  # type: ignore[assignment]
+    lane = make_lane(runtime)
+    room = draft(item(1))
+
+    async def ask() -> None:
+        await lane.encode(item(1), "somebody", lambda: math.inf, lambda: room)
+
+    run(ask())
+    assert outs[0] is room.rows
+
+
+def test_items_of_a_client_run_in_the_order_they_came(make_lane: MakeLane) -> None:
     running = threading.Lock()
 
     def alone(_: int) -> None:
@@ -69,11 +82,83 @@ def test_items_run_one_after_another_in_the_order_they_came(make_lane: MakeLane)
     lane = make_lane(runtime)
 
     async def ask() -> None:
-        results = await asyncio.gather(*(lane.encode(item(value)) for value in range(50)))
+        results = await asyncio.gather(*(encode(lane, item(value)) for value in range(50)))
         assert [int(result.rows[0, 0]) for result in results] == list(range(50))
 
     run(ask())
     assert runtime.ran == list(range(50))
+
+
+def test_clients_take_turns(make_lane: MakeLane) -> None:
+    runtime = FakeRuntime()
+    lane = make_lane(runtime)
+
+    async def ask() -> None:
+        runtime.gate.clear()
+        tasks = [asyncio.create_task(encode(lane, item(1)))]
+        await entered(runtime)
+        tasks += [asyncio.create_task(encode(lane, item(value), "flood")) for value in range(10, 20)]
+        await asyncio.sleep(0)
+        tasks.append(asyncio.create_task(encode(lane, item(2), "other")))
+        await asyncio.sleep(0)
+        runtime.gate.set()
+        await asyncio.gather(*tasks)
+
+    run(ask())
+    assert runtime.ran.index(2) <= 2
+
+
+def test_small_items_share_a_run_where_that_pays(make_lane: MakeLane) -> None:
+    runtime = FakeRuntime()
+    lane = make_lane(runtime, batch_patches=64)
+    expensive_start(lane)
+
+    async def ask() -> None:
+        runtime.gate.clear()
+        tasks = [asyncio.create_task(encode(lane, item(1)))]
+        await entered(runtime)
+        tasks += [asyncio.create_task(encode(lane, item(value, 16))) for value in range(2, 12)]
+        await asyncio.sleep(0)
+        runtime.gate.set()
+        results = await asyncio.gather(*tasks)
+        assert [int(result.rows[-1, -1]) for result in results] == list(range(1, 12))  # each has its own rows
+
+    run(ask())
+    assert runtime.runs == [[1], [2, 3, 4, 5], [6, 7, 8, 9], [10, 11]]  # never over 64 patches
+
+
+def test_large_items_run_alone(make_lane: MakeLane) -> None:
+    """Where a run's fixed cost is small beside the item, sharing it saves nothing and makes the first one wait."""
+    runtime = FakeRuntime()
+    lane = make_lane(runtime, batch_patches=1 << 20)
+    for patches in (4, 400, 4000):
+        lane.cost.anchor(Work(patches, 0.0), 0.01 + patches)
+
+    async def ask() -> None:
+        runtime.gate.clear()
+        tasks = [asyncio.create_task(encode(lane, item(value, 16))) for value in range(5)]
+        await entered(runtime)
+        runtime.gate.set()
+        await asyncio.gather(*tasks)
+
+    run(ask())
+    assert runtime.runs == [[0], [1], [2], [3], [4]]
+
+
+def test_streams_run_side_by_side(make_lane: MakeLane) -> None:
+    runtime = FakeRuntime(streams=3)
+    lane = make_lane(runtime)
+
+    async def ask() -> None:
+        runtime.gate.clear()
+        tasks = [asyncio.create_task(encode(lane, item(value))) for value in range(3)]
+        for _ in range(3):
+            await entered(runtime)
+        assert lane.status().running_items == 3
+        runtime.gate.set()
+        await asyncio.gather(*tasks)
+
+    run(ask())
 
 
 def test_cancelled_work_is_skipped(make_lane: MakeLane) -> None:
@@ -82,18 +167,42 @@ def test_cancelled_work_is_skipped(make_lane: MakeLane) -> None:
 
     async def ask() -> None:
         runtime.gate.clear()
-        tasks = [asyncio.create_task(lane.encode(item(value))) for value in range(5)]
+        tasks = [asyncio.create_task(encode(lane, item(value))) for value in range(5)]
         await entered(runtime)
         for index in (0, 1, 3):  # the first is running by now
             tasks[index].cancel()
         runtime.gate.set()
         results = await asyncio.gather(*tasks, return_exceptions=True)
         assert [type(result) for result in results] == [
-            *(asyncio.CancelledError, asyncio.CancelledError, Encoded, asyncio.CancelledError, Encoded)
+            *(asyncio.CancelledError, asyncio.CancelledError, Ran, asyncio.CancelledError, Ran)
         ]
+        assert (lane.status().waiting_items, lane.status().waiting_patches) == (0, 0)
 
     run(ask())
     assert runtime.ran == [0, 2, 4]
+
+
+def test_work_whose_deadline_has_come_too_near_is_skipped(make_lane: MakeLane) -> None:
+    runtime = FakeRuntime()
+    lane = make_lane(runtime)
+    lane.cost.anchor(Work(4, 0.0), 50.0)
+
+    async def ask() -> None:
+        runtime.gate.clear()
+        first = asyncio.create_task(encode(lane, item(1)))
+        await entered(runtime)
+        # There is time left, but less than a run takes.
+        late = asyncio.create_task(encode(lane, item(2), deadline=time.monotonic() + 0.04))
+        patient = asyncio.create_task(encode(lane, item(3)))
+        await asyncio.sleep(0)
+        runtime.gate.set()
+        await first
+        with pytest.raises(CannotFinish):
+            await late
+        await patient
+
+    run(ask())
+    assert runtime.ran == [1, 3]
 
 
 def test_cancelled_work_that_waits_takes_no_memory(make_lane: MakeLane) -> None:
@@ -103,11 +212,11 @@ def test_cancelled_work_that_waits_takes_no_memory(make_lane: MakeLane) -> None:
 
     async def ask() -> None:
         runtime.gate.clear()
-        first = asyncio.create_task(lane.encode(item(1)))
+        first = asyncio.create_task(encode(lane, item(1)))
         await entered(runtime)
         patches = item(2)
         memory = weakref.ref(patches.values)
-        given_up = asyncio.create_task(lane.encode(patches))
+        given_up = asyncio.create_task(encode(lane, patches))
         await asyncio.sleep(0)
         given_up.cancel()
         await asyncio.wait([given_up])
@@ -115,6 +224,23 @@ def test_cancelled_work_that_waits_takes_no_memory(make_lane: MakeLane) -> None:
         assert memory() is None
         runtime.gate.set()
         await first
+
+    run(ask())
+
+
+def test_an_idle_lane_holds_no_memory_of_its_last_run(make_lane: MakeLane) -> None:
+    lane = make_lane(FakeRuntime())
+
+    async def ask() -> None:
+        patches = item(2)
+        memory = weakref.ref(patches.values)
+        await encode(lane, patches)
+        del patches
+        for _ in range(200):  # the lane's thread may still be on its way
+            if memory() is None:
+                break
+            await asyncio.sleep(0.01)
+        assert memory() is None
 
     run(ask())
 
@@ -135,7 +261,7 @@ def test_cancelled_work_that_waits_takes_no_memory(make_lane: MakeLane) -> None:
     ],
     ids=lambda error: type(error).__name__,
 )
-def test_whatever_a_runtime_raises_is_a_fault_of_the_lane_and_it_goes_on(
+def test_whatever_a_runtime_raises_is_a_fault_of_the_item_and_the_lane_goes_on(
     make_lane: MakeLane, error: BaseException, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fail(value: int) -> None:
@@ -146,17 +272,81 @@ def test_whatever_a_runtime_raises_is_a_fault_of_the_lane_and_it_goes_on(
 
     async def ask() -> None:
         before, failed, after = await asyncio.gather(
-            *(lane.encode(item(value)) for value in (1, 13, 2)), return_exceptions=True
+            *(encode(lane, item(value)) for value in (1, 13, 2)), return_exceptions=True
         )
-        assert isinstance(before, Encoded) and isinstance(after, Encoded)
+        assert isinstance(before, Ran) and isinstance(after, Ran)
         assert isinstance(failed, LaneFault)
         assert "the fake runtime failed on this item" in str(failed)
         assert "secret" not in fault_of(failed).message
+        assert lane.status().state == "serving"
 
     with caplog.at_level(logging.ERROR):
         run(ask())
     (record,) = caplog.records
     assert record.exc_info and record.exc_info[1] is error  # the log has what the client must not see
+
+
+def test_an_item_that_fails_costs_its_neighbours_in_the_run_nothing(make_lane: MakeLane) -> None:
+    def fail(value: int) -> None:
+        if value == 13:
+            raise RuntimeFault("no")
+
+    runtime = FakeRuntime(fail)
+    lane = make_lane(runtime, batch_patches=1000)
+    expensive_start(lane)
+
+    async def ask() -> None:
+        runtime.gate.clear()
+        tasks = [asyncio.create_task(encode(lane, item(1)))]
+        await entered(runtime)
+        tasks += [asyncio.create_task(encode(lane, item(value))) for value in (2, 13, 3)]
+        await asyncio.sleep(0)
+        runtime.gate.set()
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        assert [type(result) for result in results] == [Ran, Ran, LaneFault, Ran]
+
+    run(ask())
+    assert [2, 13, 3] in runtime.runs  # they did share it
+    status = lane.status()
+    assert (status.running_items, status.backlog_ms, status.state) == (0, 0.0, "serving")
+
+
+def test_a_lane_whose_runtime_keeps_failing_goes_out_of_service_and_is_tried_again(make_lane: MakeLane) -> None:
+    broken = threading.Event()
+    broken.set()
+
+    def fail(_: int) -> None:
+        if broken.is_set():
+            raise RuntimeFault("the device is lost")
+
+    runtime = FakeRuntime(fail)
+    lane = make_lane(runtime)
+
+    async def ask() -> None:
+        runtime.gate.clear()
+        first = asyncio.create_task(encode(lane, item(1)))
+        await entered(runtime)
+        waiting = asyncio.create_task(encode(lane, item(2)))
+        await asyncio.sleep(0)
+        runtime.gate.set()
+        with pytest.raises(LaneFault):
+            await first
+        with pytest.raises(LaneOut):  # never ran: another lane may take it
+            await waiting
+        assert lane.status().state == "out" and lane.out_for_s > 0
+        with pytest.raises(LaneOut):
+            await encode(lane, item(3))
+        tried = len(runtime.ran)
+        await entered(runtime)
+        while len(runtime.ran) == tried:  # it is tried by itself
+            await asyncio.sleep(0.01)
+        broken.clear()
+        while lane.out_for_s:
+            await asyncio.sleep(0.01)
+        assert int((await encode(lane, item(4))).rows[0, 0]) == 4
+
+    run(ask())
+    assert 2 not in runtime.ran and 3 not in runtime.ran
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -174,7 +364,8 @@ def test_an_embedding_that_is_not_finite_is_a_fault(make_lane: MakeLane, bad: fl
 
     async def ask() -> None:
         with pytest.raises(LaneFault, match="not finite"):
-            await lane.encode(item(1))
+            await encode(lane, item(1))
+        assert lane.status().state == "serving"  # the item is to blame
 
     run(ask())
 
@@ -185,7 +376,7 @@ def test_an_infinite_bfloat16_is_a_fault_too(make_lane: MakeLane) -> None:
 
     async def ask() -> None:
         with pytest.raises(LaneFault, match="not finite"):
-            await lane.encode(item(1))
+            await encode(lane, item(1))
 
     run(ask())
 
@@ -196,14 +387,14 @@ def test_closing_finishes_what_is_queued_and_takes_no_more(make_lane: MakeLane) 
 
     async def ask() -> None:
         runtime.gate.clear()
-        tasks = [asyncio.create_task(lane.encode(item(value))) for value in range(4)]
+        tasks = [asyncio.create_task(encode(lane, item(value))) for value in range(4)]
         await entered(runtime)
         assert await asyncio.to_thread(lane.close, 0.05) is False  # it is not done, and says so
         with pytest.raises(ShuttingDown):
-            await lane.encode(item(9))
+            await encode(lane, item(9))
         runtime.gate.set()
         assert await asyncio.to_thread(lane.close, 20) is True
-        assert [int(encoded.rows[0, 0]) for encoded in await asyncio.gather(*tasks)] == [0, 1, 2, 3]
+        assert [int(ran.rows[0, 0]) for ran in await asyncio.gather(*tasks)] == [0, 1, 2, 3]
 
     run(ask())
     assert runtime.ran == [0, 1, 2, 3]
@@ -214,33 +405,42 @@ def test_a_caller_whose_loop_has_gone_does_not_end_the_lane(make_lane: MakeLane)
     lane = make_lane(runtime)
     runtime.gate.clear()
     loop = asyncio.new_event_loop()
-    left = loop.create_task(lane.encode(item(1)))
+    left = loop.create_task(encode(lane, item(1)))
     loop.run_until_complete(entered(runtime))
     loop.close()
     runtime.gate.set()
 
     async def ask() -> None:
-        assert int((await lane.encode(item(2))).rows[0, 0]) == 2
+        assert int((await encode(lane, item(2))).rows[0, 0]) == 2
 
     run(ask())
     assert not left.done()
     left._log_destroy_pending = False  # type: ignore[attr-defined]  # it is meant
 
 
-def test_warming_up_runs_a_whole_window_and_ragged_ones_and_tells_a_fault() -> None:
+def test_warming_up_measures_small_sizes_always_and_larger_ones_while_time_lasts() -> None:
     shapes: list[int] = []
 
     class Counting(FakeRuntime):
         def run(self, patches: np.ndarray, grids: object, out: np.ndarray) -> None:
             shapes.append(len(patches))
-            self.before(0)
+            self.before(len(patches))
 
     def fail(_: int) -> None:
         raise RuntimeFault("no")
 
-    healthy, broken = Lane(Counting(), TOWER), Lane(Counting(fail), TOWER)
-    healthy.warm_up()
-    assert TOWER.window_patches in shapes and any(count % TOWER.window_patches for count in shapes)
+    hasty, patient = (
+        Lane("lane", Counting(lambda size: time.sleep(size * 1e-5)), TOWER, batch_patches=0) for _ in "12"
+    )
+    hasty.warm_up(budget_s=0)
+    window = TOWER.window_patches
+    assert window in shapes and any(count % window for count in shapes)
+    largest = max(shapes)
+    patient.warm_up(budget_s=30)
+    assert max(shapes) > largest
+    # A patch takes 0.01 ms there; the machine may be busy.
+    assert 5 < patient.cost.ms(Work(1024, 1024.0**2)) < 100
+    broken = Lane("lane", Counting(fail), TOWER, batch_patches=0)
     with pytest.raises(RuntimeFault):
-        broken.warm_up()
-    assert healthy.close(10) and broken.close(10)
+        broken.warm_up(budget_s=0)
+    assert hasty.close(10) and patient.close(10) and broken.close(10)

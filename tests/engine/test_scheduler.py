@@ -1,63 +1,152 @@
-"""The scheduler: what may enter, where it goes, and that nothing that entered is lost."""
+"""The scheduler: what may enter, whose turn it is, where it goes, and that nothing that entered is lost."""
 
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from lanes import TOWER, FakeRuntime, item
+from lanes import TOWER, FakeRuntime, entered, item, run
 
-from sidecar.engine.lane import Encoded, Lane
-from sidecar.engine.scheduler import Scheduler
-from sidecar.errors import LaneFault, Overloaded, ShuttingDown, fault_of
+from sidecar.engine.cost import Work
+from sidecar.engine.lane import Lane
+from sidecar.engine.order import Opened, Order, Prepared
+from sidecar.engine.scheduler import Encoded, Limits, Scheduler
+from sidecar.engine.store import Store
+from sidecar.engine.store_directory import StoreDirectory
+from sidecar.errors import CannotFinish, InvalidItem, LaneFault, NoLane, Overloaded, ShuttingDown, fault_of
+from sidecar.runtimes.base import RuntimeFault
+from sidecar.vision.grid import Grid
 
 MakeScheduler = Callable[..., Scheduler]
 
 
 @pytest.fixture
-def make_scheduler() -> Iterator[MakeScheduler]:
+def make_scheduler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MakeScheduler]:
+    """A patch costs 1 ms by every lane's belief, and every item runs alone."""
+    monkeypatch.setattr("sidecar.engine.lane._FIRST_PAUSE_S", 0.02)
     schedulers: list[Scheduler] = []
+    with ThreadPoolExecutor(4) as preprocessing:
 
-    def make(*runtimes: FakeRuntime, max_queue_patches: int) -> Scheduler:
-        schedulers.append(Scheduler([Lane(runtime, TOWER) for runtime in runtimes], max_queue_patches))
-        return schedulers[-1]
+        def make(
+            *runtimes: FakeRuntime, items: int = 1000, patches: int = 10**6, stored: bool = False, threads: int = 1
+        ) -> Scheduler:
+            lanes = [Lane(f"lane-{n}", runtime, TOWER, batch_patches=0) for n, runtime in enumerate(runtimes)]
+            for lane in lanes:
+                for size in (4, 400, 4000):
+                    lane.cost.anchor(Work(size, 0.0), float(size))
+            directory = StoreDirectory(tmp_path / f"store-{len(schedulers)}")
+            store = Store(directory, 1 << 20, 60.0, "model") if stored else None
+            schedulers.append(
+                Scheduler(
+                    lanes,
+                    TOWER,
+                    "model",
+                    store=store,
+                    preprocessing=preprocessing,
+                    preprocess_threads=threads,
+                    limits=Limits(items=items, patches=patches),
+                )
+            )
+            return schedulers[-1]
 
-    yield make
-    for scheduler in schedulers:
-        assert scheduler.close(10)
+        yield make
+        for scheduler in schedulers:
+            assert scheduler.close(10)
 
 
-async def entered(runtime: FakeRuntime) -> None:
-    assert await asyncio.to_thread(runtime.entered.acquire, timeout=20)
+def order(
+    value: int,
+    patches: int = 4,
+    *,
+    name: str = "",
+    client: str = "somebody",
+    deadline_s: float = math.inf,
+    open: Callable[[], Awaitable[Opened]] | None = None,
+    content: object = None,
+) -> Order:
+    async def opened() -> Opened:
+        ready = item(value, patches)
+        return Opened(ready.grid, lambda: Prepared(ready, 0.0, 0.0))
+
+    return Order(
+        name=name or f"item-{value}",
+        client=client,
+        open=open or opened,
+        deadline=time.monotonic() + deadline_s,
+        content=content,
+    )
 
 
-def test_more_than_may_wait_is_refused_with_when_to_come_back(make_scheduler: MakeScheduler) -> None:
-    runtime = FakeRuntime(lambda value: time.sleep(0.1))
-    scheduler = make_scheduler(runtime, max_queue_patches=100)
+def value_of(encoded: Encoded) -> int:
+    assert encoded.rows is not None
+    return int(encoded.rows[0, 0])
+
+
+def nothing_left(scheduler: Scheduler) -> bool:
+    status = scheduler.status()
+    lanes = sum(lane.waiting_items + lane.running_items + lane.waiting_patches for lane in status.lanes)
+    turned = scheduler._turned_items + scheduler._turned_patches
+    return (status.waiting_items, status.waiting_patches, status.clients, lanes, turned) == (0, 0, 0, 0, 0)
+
+
+async def settled(scheduler: Scheduler) -> None:
+    """Return once nothing is left of what was asked: a lane's threads may still be counting."""
+    for _ in range(500):
+        if nothing_left(scheduler):
+            return
+        await asyncio.sleep(0.01)
+    assert nothing_left(scheduler), scheduler.status()
+
+
+def test_more_patches_than_may_wait_are_refused_with_when_to_come_back(make_scheduler: MakeScheduler) -> None:
+    runtime = FakeRuntime()
+    scheduler = make_scheduler(runtime, patches=100)
 
     async def ask() -> None:
-        await scheduler.encode(item(0, 100))  # it took 100 ms, so a patch takes 1 ms
         runtime.gate.clear()
-        waiting = [asyncio.create_task(scheduler.encode(item(value, 40))) for value in (1, 2)]
-        await asyncio.sleep(0)
+        waiting = [asyncio.create_task(scheduler.encode(order(value, 40))) for value in (1, 2)]
+        await entered(runtime)
         with pytest.raises(Overloaded) as raised:
-            await scheduler.encode(item(3, 60))
+            await scheduler.encode(order(3, 60))
         assert str(raised.value) == "80 patches are waiting, this item has 60, the limit is 100"
-        # 40 of those patches must run before the item has room.
-        assert 0.03 < raised.value.retry_after_s < 0.2
-        smaller = asyncio.create_task(scheduler.encode(item(4, 20)))  # what fits still enters
+        # 40 of those patches must run before the item has room, and a patch takes 1 ms.
+        assert 0.03 < raised.value.retry_after_s < 0.05
+        smaller = asyncio.create_task(scheduler.encode(order(4, 20)))  # what fits still enters
         await asyncio.sleep(0)
         runtime.gate.set()
-        assert [int(encoded.rows[0, 0]) for encoded in await asyncio.gather(*waiting, smaller)] == [1, 2, 4]
-        assert int((await scheduler.encode(item(3, 60))).rows[0, 0]) == 3  # and comes in later
+        assert [value_of(encoded) for encoded in await asyncio.gather(*waiting, smaller)] == [1, 2, 4]
+        assert value_of(await scheduler.encode(order(3, 60))) == 3  # and comes in later
+        await settled(scheduler)
 
-    asyncio.run(asyncio.wait_for(ask(), 20))
+    run(ask())
     assert runtime.ran.count(3) == 1
+
+
+def test_more_items_than_may_wait_are_refused_before_they_are_opened(make_scheduler: MakeScheduler) -> None:
+    runtime = FakeRuntime()
+    scheduler = make_scheduler(runtime, items=2)
+
+    async def never() -> Opened:
+        raise AssertionError("opened")
+
+    async def ask() -> None:
+        runtime.gate.clear()
+        waiting = [asyncio.create_task(scheduler.encode(order(value))) for value in (1, 2)]
+        await entered(runtime)
+        with pytest.raises(Overloaded, match="2 items are waiting, which is the limit"):
+            await scheduler.encode(order(3, open=never))
+        runtime.gate.set()
+        await asyncio.gather(*waiting)
+
+    run(ask())
 
 
 def test_overload_reaches_the_client_as_resource_exhausted_with_a_delay() -> None:
@@ -68,20 +157,171 @@ def test_overload_reaches_the_client_as_resource_exhausted_with_a_delay() -> Non
 
 def test_an_item_larger_than_the_queue_passes_when_nothing_waits(make_scheduler: MakeScheduler) -> None:
     runtime = FakeRuntime()
-    scheduler = make_scheduler(runtime, max_queue_patches=10)
+    scheduler = make_scheduler(runtime, patches=10)
 
     async def ask() -> None:
         runtime.gate.clear()
-        large = asyncio.create_task(scheduler.encode(item(1, 400)))
+        large = asyncio.create_task(scheduler.encode(order(1, 400)))
         await entered(runtime)
         with pytest.raises(Overloaded) as raised:
-            await scheduler.encode(item(2, 400))
+            await scheduler.encode(order(2, 400))
         assert 0 < raised.value.retry_after_s < 60
         runtime.gate.set()
-        assert isinstance(await large, Encoded)
-        assert isinstance(await scheduler.encode(item(2, 400)), Encoded)
+        assert value_of(await large) == 1
+        await settled(scheduler)
+        assert value_of(await scheduler.encode(order(2, 400))) == 2
 
-    asyncio.run(asyncio.wait_for(ask(), 20))
+    run(ask())
+
+
+def test_a_deadline_that_cannot_be_met_is_refused_at_the_door(make_scheduler: MakeScheduler) -> None:
+    runtime = FakeRuntime()
+    scheduler = make_scheduler(runtime)
+
+    async def ask() -> None:
+        with pytest.raises(
+            CannotFinish, match="would take about 4.00 s from now, and its deadline is in (1.00|0.9.) s"
+        ):
+            await scheduler.encode(order(1, 4000, deadline_s=1.0))
+        runtime.gate.clear()
+        first = asyncio.create_task(scheduler.encode(order(2, 4000)))
+        await entered(runtime)
+        with pytest.raises(CannotFinish):  # by itself it would, but not behind the first
+            await scheduler.encode(order(3, 400, deadline_s=2.0))
+        in_time = asyncio.create_task(scheduler.encode(order(4, 400, deadline_s=20.0)))
+        await asyncio.sleep(0)
+        runtime.gate.set()
+        assert [value_of(await task) for task in (first, in_time)] == [2, 4]
+        await settled(scheduler)
+
+    run(ask())
+    assert sorted(runtime.ran) == [2, 4]
+
+
+def test_a_client_that_floods_does_not_keep_another_waiting(make_scheduler: MakeScheduler) -> None:
+    """Nor do its deadlines suffer: it is told how long it takes by its own share."""
+    runtime = FakeRuntime(lambda value: time.sleep(0.001))
+    scheduler = make_scheduler(runtime)
+
+    async def ask() -> None:
+        runtime.gate.clear()
+        flood = [asyncio.create_task(scheduler.encode(order(value, client="flood"))) for value in range(1, 201)]
+        await entered(runtime)
+        runtime.gate.set()
+        assert value_of(await scheduler.encode(order(250, client="other", deadline_s=0.5))) == 250
+        assert sum(task.done() for task in flood) < 40
+        await asyncio.gather(*flood)
+        await settled(scheduler)
+
+    run(ask())
+
+
+def test_equal_items_at_once_are_encoded_once(make_scheduler: MakeScheduler) -> None:
+    runtime = FakeRuntime()
+    scheduler = make_scheduler(runtime, stored=True)
+
+    async def ask() -> None:
+        runtime.gate.clear()
+        tasks = [asyncio.create_task(scheduler.encode(order(7, name="same"))) for _ in range(20)]
+        await entered(runtime)
+        runtime.gate.set()
+        results = await asyncio.gather(*tasks)
+        assert {value_of(encoded) for encoded in results} == {7}
+        assert [encoded.coalesced for encoded in results] == [False] + [True] * 19
+        known = await scheduler.encode(order(7, name="same"))
+        assert known.cached and known.entry is not None and known.times.run_ms == 0
+        status = scheduler.status()
+        assert (status.misses, status.coalesced, status.hits) == (1, 19, 1)
+
+    run(ask())
+    assert runtime.ran == [7]
+
+
+def test_who_joined_is_answered_when_the_first_one_leaves(make_scheduler: MakeScheduler) -> None:
+    runtime = FakeRuntime()
+    scheduler = make_scheduler(runtime)
+
+    async def ask() -> None:
+        runtime.gate.clear()
+        first = asyncio.create_task(scheduler.encode(order(7, name="same")))
+        await entered(runtime)
+        second = asyncio.create_task(scheduler.encode(order(7, name="same")))
+        await asyncio.sleep(0)
+        first.cancel()
+        await asyncio.wait([first])
+        runtime.gate.set()
+        assert value_of(await second) == 7
+
+    run(ask())
+    assert runtime.ran == [7]
+
+
+def test_when_everybody_has_left_it_does_not_run_and_who_comes_then_is_served(make_scheduler: MakeScheduler) -> None:
+    runtime = FakeRuntime()
+    scheduler = make_scheduler(runtime)
+
+    async def ask() -> None:
+        runtime.gate.clear()
+        busy = asyncio.create_task(scheduler.encode(order(1)))
+        await entered(runtime)
+        gone = [asyncio.create_task(scheduler.encode(order(7, name="same"))) for _ in range(3)]
+        await asyncio.sleep(0.01)
+        for task in gone:
+            task.cancel()
+        await asyncio.sleep(0)
+        late = asyncio.create_task(scheduler.encode(order(8, name="same")))
+        await asyncio.sleep(0.01)
+        runtime.gate.set()
+        assert value_of(await late) == 8
+        await busy
+        await settled(scheduler)
+
+    run(ask())
+    assert runtime.ran == [1, 8]
+
+
+def test_the_bad_content_of_one_caller_fails_no_other_of_the_same_key(make_scheduler: MakeScheduler) -> None:
+    runtime = FakeRuntime()
+    scheduler = make_scheduler(runtime)
+    reading = asyncio.Event()
+
+    async def bad() -> Opened:
+        await reading.wait()
+        raise InvalidItem("no picture")
+
+    async def ask() -> None:
+        first = asyncio.create_task(scheduler.encode(order(1, name="same", open=bad, content=b"rubbish")))
+        await asyncio.sleep(0)
+        alike = asyncio.create_task(scheduler.encode(order(1, name="same", open=bad, content=b"rubbish")))
+        good = asyncio.create_task(scheduler.encode(order(7, name="same", content=b"picture")))
+        await asyncio.sleep(0)
+        reading.set()
+        results = await asyncio.gather(first, alike, good, return_exceptions=True)
+        assert isinstance(results[0], InvalidItem) and isinstance(results[1], InvalidItem)
+        assert isinstance(results[2], Encoded) and value_of(results[2]) == 7
+
+    run(ask())
+
+
+def test_the_impatience_of_one_caller_fails_no_other(make_scheduler: MakeScheduler) -> None:
+    scheduler = make_scheduler(FakeRuntime())
+    reading = asyncio.Event()
+
+    async def slow() -> Opened:
+        await reading.wait()
+        ready = item(7, 4000)
+        return Opened(ready.grid, lambda: Prepared(ready, 0.0, 0.0))
+
+    async def ask() -> None:
+        hasty = asyncio.create_task(scheduler.encode(order(7, name="same", open=slow, deadline_s=1.0)))
+        await asyncio.sleep(0)
+        patient = asyncio.create_task(scheduler.encode(order(7, name="same", open=slow, deadline_s=60.0)))
+        await asyncio.sleep(0)
+        reading.set()
+        assert value_of(await patient) == 7
+        assert value_of(await hasty) == 7  # it is being done for the other one anyway
+
+    run(ask())
 
 
 def test_cancelled_and_failed_items_leave_their_room_to_others(make_scheduler: MakeScheduler) -> None:
@@ -90,110 +330,178 @@ def test_cancelled_and_failed_items_leave_their_room_to_others(make_scheduler: M
             raise RuntimeError
 
     runtime = FakeRuntime(fail)
-    scheduler = make_scheduler(runtime, max_queue_patches=40)
+    scheduler = make_scheduler(runtime, patches=40)
 
     async def ask() -> None:
         with pytest.raises(LaneFault):
-            await scheduler.encode(item(13, 40))
+            await scheduler.encode(order(13, 40))
+        await settled(scheduler)
         runtime.gate.clear()
-        first = asyncio.create_task(scheduler.encode(item(1, 20)))
-        await entered(runtime)  # the failed one
+        while runtime.entered.acquire(blocking=False):
+            pass
+        first = asyncio.create_task(scheduler.encode(order(1, 20)))
         await entered(runtime)
-        given_up = asyncio.create_task(scheduler.encode(item(2, 20)))
-        await asyncio.sleep(0)
+        given_up = asyncio.create_task(scheduler.encode(order(2, 20)))
+        await asyncio.sleep(0.01)
         with pytest.raises(Overloaded):
-            await scheduler.encode(item(3, 20))
+            await scheduler.encode(order(3, 20))
         given_up.cancel()
         await asyncio.wait([given_up])
-        second = asyncio.create_task(scheduler.encode(item(4, 20)))
+        await asyncio.sleep(0)
+        second = asyncio.create_task(scheduler.encode(order(4, 20)))
         await asyncio.sleep(0)
         runtime.gate.set()
-        assert {int(encoded.rows[0, 0]) for encoded in await asyncio.gather(first, second)} == {1, 4}
+        assert {value_of(encoded) for encoded in await asyncio.gather(first, second)} == {1, 4}
 
-    asyncio.run(asyncio.wait_for(ask(), 20))
+    run(ask())
     assert 2 not in runtime.ran
 
 
-def test_items_are_spread_over_lanes(make_scheduler: MakeScheduler) -> None:
-    fast, busy = FakeRuntime(), FakeRuntime()
-    scheduler = make_scheduler(busy, fast, max_queue_patches=10_000)
+def test_an_item_goes_to_the_lane_that_finishes_it_first(make_scheduler: MakeScheduler) -> None:
+    slow, fast = FakeRuntime(), FakeRuntime()
+    scheduler = make_scheduler(slow, fast)
+    for size in (4, 400, 4000) * 6:  # enough for nothing to be left of what the fixture said
+        scheduler.lanes[0].cost.anchor(Work(size, 0.0), 8.0 * size)
 
     async def ask() -> None:
-        busy.gate.clear()
+        slow.gate.clear()
         fast.gate.clear()
-        tasks = [asyncio.create_task(scheduler.encode(item(1, 400)))]
-        tasks += [asyncio.create_task(scheduler.encode(item(value, 40))) for value in range(2, 8)]
-        await entered(busy)
-        busy.gate.set()
+        tasks = [asyncio.create_task(scheduler.encode(order(1, 400)))]
+        await entered(fast)
+        # While the fast one is busy for 400 ms, the slow one would need 8 × 40 for the next.
+        tasks.append(asyncio.create_task(scheduler.encode(order(2, 40))))
+        await entered(slow)
+        tasks.append(asyncio.create_task(scheduler.encode(order(3, 400))))  # 3200 there, 800 here
+        await asyncio.sleep(0.02)
+        slow.gate.set()
         fast.gate.set()
-        await asyncio.gather(*tasks)
+        results = await asyncio.gather(*tasks)
+        assert [encoded.lane.name for encoded in results] == ["lane-1", "lane-0", "lane-1"]
 
-    asyncio.run(asyncio.wait_for(ask(), 20))
-    assert busy.ran == [1]  # who has a long item is given no more meanwhile
-    assert fast.ran == [2, 3, 4, 5, 6, 7]
+    run(ask())
+
+
+def test_the_work_of_a_lane_that_fails_moves_on(make_scheduler: MakeScheduler) -> None:
+    def fail(_: int) -> None:
+        raise RuntimeFault("the device is lost")
+
+    broken, well = FakeRuntime(fail), FakeRuntime()
+    scheduler = make_scheduler(broken, well)
+
+    async def ask() -> None:
+        broken.gate.clear()
+        well.gate.clear()
+        tasks = [asyncio.create_task(scheduler.encode(order(value))) for value in range(1, 7)]
+        await entered(broken)
+        broken.gate.set()
+        well.gate.set()
+        results = await asyncio.gather(*tasks)
+        assert [value_of(encoded) for encoded in results] == [1, 2, 3, 4, 5, 6]
+        assert {encoded.lane.name for encoded in results} == {"lane-1"}
+        assert scheduler.in_service
+        assert [lane.state for lane in scheduler.status().lanes] == ["out", "serving"]
+
+    run(ask())
+
+
+def test_without_a_lane_items_are_refused_until_one_is_in_service_again(make_scheduler: MakeScheduler) -> None:
+    lost = True
+
+    def fail(_: int) -> None:
+        if lost:
+            raise RuntimeFault("the device is lost")
+
+    scheduler = make_scheduler(FakeRuntime(fail))
+
+    async def ask() -> None:
+        nonlocal lost
+        with pytest.raises(LaneFault):
+            await scheduler.encode(order(1))
+        assert not scheduler.in_service
+        with pytest.raises(NoLane) as raised:
+            await scheduler.encode(order(2))
+        fault = fault_of(raised.value)
+        assert fault.code.name == "UNAVAILABLE" and fault.retry_after_s is not None and fault.retry_after_s > 0
+        lost = False
+        while not scheduler.in_service:
+            await asyncio.sleep(0.01)
+        assert value_of(await scheduler.encode(order(3))) == 3
+
+    run(ask())
 
 
 def test_closing_finishes_what_entered(make_scheduler: MakeScheduler) -> None:
-    runtimes = [FakeRuntime(), FakeRuntime()]
-    scheduler = make_scheduler(*runtimes, max_queue_patches=1000)
+    runtime = FakeRuntime()
+    scheduler = make_scheduler(runtime)
 
     async def ask() -> None:
-        for runtime in runtimes:
-            runtime.gate.clear()
-        tasks = [asyncio.create_task(scheduler.encode(item(value))) for value in range(8)]
-        for runtime in runtimes:
-            await entered(runtime)
-        assert await asyncio.to_thread(scheduler.close, 0.02) is False
+        runtime.gate.clear()
+        tasks = [asyncio.create_task(scheduler.encode(order(value))) for value in (1, 2)]
+        await entered(runtime)
+        while sum(lane.waiting_items for lane in scheduler.status().lanes) < 1:
+            await asyncio.sleep(0.01)
+        closing = asyncio.create_task(asyncio.to_thread(scheduler.close, 20))
+        await asyncio.sleep(0.02)
         with pytest.raises(ShuttingDown):
-            await scheduler.encode(item(9))
-        for runtime in runtimes:
-            runtime.gate.set()
-        assert await asyncio.to_thread(scheduler.close, 20) is True
-        assert sorted(int(encoded.rows[0, 0]) for encoded in await asyncio.gather(*tasks)) == list(range(8))
+            await scheduler.encode(order(3))
+        runtime.gate.set()
+        assert await closing
+        assert [value_of(encoded) for encoded in await asyncio.gather(*tasks)] == [1, 2]
 
-    asyncio.run(asyncio.wait_for(ask(), 20))
+    run(ask())
 
 
-# What a caller does: sends an item of so many patches (its value decides whether the runtime fails), or gives one up.
-ACTIONS = st.lists(
-    st.tuples(st.sampled_from(["send", "send", "fail", "give up", "pause"]), st.integers(1, 20)), max_size=40
+@settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    asked=st.lists(
+        st.tuples(
+            st.integers(1, 30),  # its value, of which some are equal
+            st.sampled_from([4, 8, 16, 40]),
+            st.sampled_from(["a", "b", "c"]),
+            st.sampled_from([math.inf, math.inf, 0.2, 0.01]),  # deadline
+            st.sampled_from([None, None, 0.0, 0.002]),  # cancelled after
+        ),
+        min_size=1,
+        max_size=60,
+    ),
+    streams=st.integers(1, 2),
+    limit=st.sampled_from([60, 10**6]),
 )
-
-
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(actions=ACTIONS)
-def test_no_item_is_ever_lost(make_scheduler: MakeScheduler, actions: list[tuple[str, int]]) -> None:
-    """Every item ends in exactly one way: rows that are its own, a fault, a refusal, or its caller's giving up."""
-
+def test_whatever_is_asked_everybody_is_answered_and_nothing_is_left(
+    make_scheduler: MakeScheduler,
+    asked: list[tuple[int, int, str, float, float | None]],
+    streams: int,
+    limit: int,
+) -> None:
     def fail(value: int) -> None:
-        if value % 2:
-            raise RuntimeError
+        if value == 13:
+            raise RuntimeFault("no")
 
-    scheduler = make_scheduler(FakeRuntime(fail), FakeRuntime(fail), max_queue_patches=160)
+    scheduler = make_scheduler(FakeRuntime(fail), FakeRuntime(fail, streams=streams), patches=limit)
 
-    async def ask() -> Counter[str]:
-        tasks: dict[int, asyncio.Task[Encoded]] = {}
-        ends: Counter[str] = Counter()
-        for number, (action, size) in enumerate(actions):
-            if action in ("send", "fail"):
-                value = 2 * number + (action == "fail")
-                tasks[value] = asyncio.create_task(scheduler.encode(item(value, 4 * size)))
-            elif action == "give up" and tasks:
-                list(tasks.values())[size % len(tasks)].cancel()
-            else:
-                await asyncio.sleep(0.0002 * size)
-        results = await asyncio.gather(*tasks.values(), return_exceptions=True)
-        for value, result in zip(tasks, results, strict=True):
+    async def ask() -> None:
+        tasks = []
+        for value, patches, client, deadline_s, cancel_s in asked:
+            name = f"{value}-{patches}"
+            task = asyncio.create_task(
+                scheduler.encode(order(value, patches, name=name, client=client, deadline_s=deadline_s))
+            )
+            tasks.append(task)
+            if cancel_s is not None:
+                asyncio.get_running_loop().call_later(cancel_s, task.cancel)
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        kinds = Counter(type(result) for result in results)
+        assert set(kinds) <= {Encoded, Overloaded, CannotFinish, LaneFault, asyncio.CancelledError}
+        for (value, patches, _, deadline_s, cancel_s), result in zip(asked, results, strict=True):
             if isinstance(result, Encoded):
-                assert value % 2 == 0 and (result.rows == value).all()
-            else:
-                assert isinstance(result, (LaneFault, Overloaded, asyncio.CancelledError)), result
-                if isinstance(result, LaneFault):
-                    assert value % 2
-            ends[type(result).__name__] += 1
-        # Nothing is left over: an item as large as the whole queue enters.
-        assert isinstance(await scheduler.encode(item(0, 160)), Encoded)
-        return ends
+                assert value_of(result) == value
+                assert result.description.grid == Grid(1, 2, patches // 2)
+            elif isinstance(result, LaneFault):
+                assert value == 13
+            elif isinstance(result, CannotFinish):
+                assert deadline_s < math.inf
+            elif isinstance(result, asyncio.CancelledError):
+                assert cancel_s is not None
+        await settled(scheduler)
 
-    ends = asyncio.run(asyncio.wait_for(ask(), 20))
-    assert sum(ends.values()) == sum(action in ("send", "fail") for action, _ in actions)
+    run(ask())

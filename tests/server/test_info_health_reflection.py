@@ -80,7 +80,7 @@ def test_the_device_told_is_the_one_that_the_runtime_reports(server: Server, inf
     assert (lane.runtime, lane.precision) == ("openvino", "f32")
     assert re.fullmatch(r"CPU \(.+, \d+ threads, f32\)", lane.device)
     log = server.log.read_text()
-    assert f"lane openvino/f32 {info.fingerprint[:16]} on {lane.device}, embeddings in float32" in log
+    assert f"lane cpu: openvino/f32 {info.fingerprint[:16]} on {lane.device}, embeddings in float32" in log
     with server.client() as client:
         (embedding,) = client.encode([image_item(encoded(picture(56, 56)))])
     assert isinstance(embedding, Embedding)

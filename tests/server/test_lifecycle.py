@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -15,15 +16,24 @@ from pictures import encoded, picture
 from servers import Server, exit_code, spawn
 
 from sidecar.client import Embedding, EncodeError, EncoderClient, ItemError, Result
-from sidecar.items import image_item, rgb_image_item
+from sidecar.items import Item, image_item, rgb_image_item
 from sidecar.pb import encoder_pb2 as pb
 from sidecar.vision.dtypes import DType
 
 SMALL = image_item(encoded(picture(56, 56)))
-SLOW = rgb_image_item(picture(28 * 32, 28 * 32))  # 4096 patches: half a second or more
-SLOWER = rgb_image_item(picture(28 * 64, 28 * 64))  # 16384 patches: several seconds
 
 StartServer = Callable[..., Server]
+_numbers = itertools.count()
+
+
+def slow() -> Item:
+    """4096 patches, half a second or more, that no other item equals: what is known already takes no time."""
+    return rgb_image_item(picture(28 * 32, 28 * 32), key=f"slow-{next(_numbers)}")
+
+
+def slower() -> Item:
+    """16384 patches: several seconds."""
+    return rgb_image_item(picture(28 * 64, 28 * 64), key=f"slower-{next(_numbers)}")
 
 
 @pytest.fixture
@@ -90,7 +100,7 @@ def test_a_socket_file_that_a_killed_server_left_is_replaced(start_server: Start
 def test_sigterm_finishes_what_was_accepted(start_server: StartServer, background: ThreadPoolExecutor) -> None:
     server = start_server("--threads", "1")
     with server.client() as client:
-        work = background.submit(client.encode, [SLOW, SLOW, SMALL], 60)
+        work = background.submit(client.encode, [slow(), slow(), SMALL], 60)
         accepted(server, work)
         assert server.terminate() == 0
         assert [type(result) for result in work.result(5)] == [Embedding] * 3
@@ -125,7 +135,7 @@ def test_a_health_watcher_is_told_and_does_not_hold_up_the_end(start_server: Sta
 def test_a_drain_ends_when_its_time_is_over(start_server: StartServer, background: ThreadPoolExecutor) -> None:
     server = start_server("--drain-seconds", "0.2", "--threads", "1")
     with server.client() as client:
-        work = background.submit(client.encode, [SLOWER, SLOWER], 60)
+        work = background.submit(client.encode, [slower(), slower()], 60)
         accepted(server, work)
         started = time.monotonic()
         code = server.terminate()
@@ -141,27 +151,28 @@ def test_cancelled_calls_do_not_run(server: Server, background: ThreadPoolExecut
     """One slow item runs; six behind it are given up, by cancelling or by a deadline; the next waits for the one only."""
     logged = len(server.log.read_text())
     with server.client() as client, server.stub() as stub:
-        first = background.submit(client.encode, [SLOW], 60)
+        first = background.submit(client.encode, [slow()], 60)
         accepted(server, first)
-        calls = [stub.Encode(pb.EncodeRequest(items=[SLOW, SLOW])) for _ in range(2)]
-        calls.append(stub.Encode(pb.EncodeRequest(items=[SLOW, SLOW]), timeout=0.15))
+        calls = [stub.Encode(pb.EncodeRequest(items=[slow(), slow()])) for _ in range(2)]
+        calls.append(stub.Encode(pb.EncodeRequest(items=[slow(), slow()]), timeout=0.15))
         time.sleep(0.15)
         for call in calls:
             call.cancel()
         (late,) = client.encode([SMALL], timeout_s=60)
-        (slow,) = first.result(60)
-        assert isinstance(late, Embedding) and isinstance(slow, Embedding)
-        assert late.times.queue_ms < 1.5 * slow.times.run_ms
+        (early,) = first.result(60)
+        assert isinstance(late, Embedding) and isinstance(early, Embedding)
+        assert late.times.queue_ms < 1.5 * early.times.run_ms
+    # The third one's items may have been refused at once, since they could not be done in time.
     assert server.log.read_text()[logged:].count("items=2 answered=0 failed=0") == 3
 
 
 def test_overload_says_when_to_come_back(start_server: StartServer, background: ThreadPoolExecutor) -> None:
     server = start_server("--max-queue-patches", "5000", "--threads", "1")
     with server.client() as client:
-        client.encode([SLOW])  # from here on it knows how fast it is
-        first = background.submit(client.encode, [SLOW], 60)
+        client.encode([slow()])  # from here on it knows how fast it is
+        first = background.submit(client.encode, [slow()], 60)
         accepted(server, first)
-        refused, served = client.encode([SLOW, SMALL], timeout_s=60)
+        refused, served = client.encode([slow(), SMALL], timeout_s=60)
         assert isinstance(served, Embedding)  # the small one found room
         assert isinstance(refused, ItemError)
         assert refused.code == "RESOURCE_EXHAUSTED"
@@ -171,7 +182,7 @@ def test_overload_says_when_to_come_back(start_server: StartServer, background: 
             assert refused.retry_delay_s is not None and 0 < refused.retry_delay_s < 30
             assert (tries := tries + 1) < 10
             time.sleep(refused.retry_delay_s)
-            (refused,) = client.encode([SLOW], timeout_s=60)
+            (refused,) = client.encode([slow()], timeout_s=60)
         assert isinstance(first.result(60)[0], Embedding)
 
 
@@ -220,10 +231,10 @@ def test_a_call_beyond_what_may_be_held_is_told_to_come_back(
 ) -> None:
     server = start_server("--max-held-bytes", "1000000", "--threads", "1")
     with server.client() as client:
-        work = background.submit(client.encode, [SLOWER], 60)  # alone it passes, whatever its size
+        work = background.submit(client.encode, [slower()], 60)  # alone it passes, whatever its size
         accepted(server, work)
         with pytest.raises(EncodeError, match="RESOURCE_EXHAUSTED.*calls in hand hold") as refused:
-            client.encode([SLOWER], 60)
+            client.encode([slower()], 60)
         assert refused.value.retry_delay_s == 1.0
         assert isinstance(work.result(60)[0], Embedding)
-        assert isinstance(client.encode([SLOW], 60)[0], Embedding), "what was held was not given back"
+        assert isinstance(client.encode([slow()], 60)[0], Embedding), "what was held was not given back"

@@ -73,7 +73,7 @@ def spoilt(value: float, dtype: DType) -> pb.Item:
 FORMATS = "JPEG, PNG, WEBP"
 LIMIT = "this server takes 16384"
 CASES: dict[str, tuple[pb.Item, tuple[str, ...]]] = {
-    "no content": (pb.Item(key="k"), ("no content", "image, rgb_image, rgb_video or patches")),
+    "no content": (pb.Item(key="k"), ("no content", "image, url, rgb_image, rgb_video or patches")),
     "words instead of an image": (image_item(b"these are words"), ("15 bytes are not an image", FORMATS)),
     "an image of no bytes": (pb.Item(image=b""), ("empty",)),
     "half a JPEG": (image_item(ASTRONAUT.read_bytes()[:30_000]), ("JPEG image of 512×512", "cut short")),
@@ -92,7 +92,8 @@ CASES: dict[str, tuple[pb.Item, tuple[str, ...]]] = {
     "a grey picture": (rgb(28, 28, 28 * 28), ("must be 2352 bytes", "784")),
     "a video of no frames": (video(0, 28, 28, 0), ("must have an area", "0 frames")),
     "a video one frame short": (video(4, 28, 28, 3 * 2352), ("must be 9408 bytes", "4×28×28×3", "7056")),
-    "a video that claims too much": (video(2**32 - 1, 2000, 2000, 3), ("must be", "4294967295×2000×2000×3")),
+    "a video that claims too much": (video(4000, 2000, 2000, 3), ("40328000 patches", LIMIT)),
+    "a video of too many frames": (video(2**32 - 1, 28, 28, 3), ("4294967295 frames", "takes 4096")),
     "a video that grows too much": (
         pb.Item(rgb_video=video(400, 28, 28, 400 * 2352).rgb_video, min_pixels=28 * 28 * 100),
         ("80000 patches", LIMIT, "max_pixels"),
@@ -127,7 +128,7 @@ CASES: dict[str, tuple[pb.Item, tuple[str, ...]]] = {
         ("single_slice is for images", "t = 1", "(2, 4, 6)"),
     ),
     "a whole patch sent as one slice": (patches(single_slice=True), ("24 patches of 588", "28224")),
-    "a key of 70 kB": (pb.Item(key="k" * 70_000, image=GOOD.image), ("70000 bytes", "at most 65536", "hash")),
+    "a key of 70 kB": (pb.Item(key="k" * 70_000, image=GOOD.image), ("over 65536 bytes", "send a hash instead", "hash")),
 } | {
     f"{value} in {dtype}": (spoilt(value, dtype), ("must be finite", "0…255"))
     for value in (np.nan, np.inf, -np.inf)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,11 +19,13 @@ from hypothesis import strategies as st
 from pictures import encoded, picture
 from servers import Server
 
-from sidecar.client import Embedding, EncoderClient, RequestTooLargeError
+from sidecar.client import Embedding, EncoderClient, ItemError, RequestTooLargeError
 from sidecar.errors import InvalidRequest
-from sidecar.items import image_item
+from sidecar.items import image_item, patches_item
 from sidecar.pb import encoder_pb2 as pb
 from sidecar.server.requests import parse_request
+from sidecar.vision.dtypes import DType
+from sidecar.vision.grid import Grid
 
 PNG = encoded(picture(56, 56))
 GOOD = image_item(PNG)
@@ -160,21 +163,49 @@ def test_keys_are_data_whatever_they_look_like(server: Server, client: EncoderCl
     assert files() == before
 
 
-def test_two_items_under_one_key_are_both_answered(client: EncoderClient) -> None:
+def test_a_key_names_one_content(client: EncoderClient) -> None:
+    """Who gives a key says what it names: the second item is answered with what the first one was."""
     first, second = client.encode([image_item(PNG, key="same"), image_item(encoded(picture(84, 56)), key="same")])
     assert isinstance(first, Embedding) and isinstance(second, Embedding)
-    assert (first.tokens, second.tokens) == (4, 6)
+    assert first.grid == second.grid and np.array_equal(first.data, second.data)
+    again, bounded = client.encode([image_item(PNG, key="same"), image_item(PNG, key="same", max_pixels=28 * 28 * 2)])
+    assert isinstance(again, Embedding) and isinstance(bounded, Embedding)
+    assert again.cached and bounded.tokens < again.tokens  # bounds of its own make it another embedding
+    assert {again.key, bounded.key} == {"same"}
 
 
-def test_without_a_key_the_content_is_the_key(client: EncoderClient) -> None:
-    again, other = encoded(picture(56, 56), "BMP"), encoded(picture(56, 56, seed=1))
-    smaller = image_item(PNG, max_pixels=28 * 56)
+def test_patches_of_another_grid_than_their_key_names_are_refused(client: EncoderClient) -> None:
+    values = np.zeros((24, 1176), np.uint8)
+    client.encode([patches_item(values, Grid(1, 4, 6), DType.UINT8, key="patches")])
+    known, refused = client.encode(
+        [
+            patches_item(values, Grid(1, 4, 6), DType.UINT8, key="patches"),
+            patches_item(values, Grid(1, 6, 4), DType.UINT8, key="patches"),
+        ]
+    )
+    assert isinstance(known, Embedding) and known.cached
+    assert isinstance(refused, ItemError) and refused.code == "INVALID_ARGUMENT"
+    assert "grid (1, 4, 6); patches of another need another key" in refused.message
+
+
+def test_without_a_key_the_content_and_its_bounds_are_the_key(client: EncoderClient) -> None:
+    other, smaller = encoded(picture(56, 56, seed=1)), image_item(PNG, max_pixels=28 * 56)
     keys = [
-        r.key for r in client.encode([GOOD, image_item(again), image_item(other), smaller]) if isinstance(r, Embedding)
+        r.key for r in client.encode([GOOD, image_item(PNG), image_item(other), smaller]) if isinstance(r, Embedding)
     ]
-    assert keys[0] == keys[1]  # the same pixels in another format
+    assert keys[0] == keys[1]
     assert len(set(keys)) == 3
-    assert all(len(key) == 64 and int(key, 16) for key in keys)
+    assert all(re.fullmatch("content-[0-9a-f]{64}", key) for key in keys)
+
+
+def test_nobody_can_answer_for_anothers_content(client: EncoderClient) -> None:
+    """The server's own names are no keys: an item under one of them is stored apart from the content that it names."""
+    mine = client.encode([image_item(encoded(picture(56, 84, seed=5)))])[0]
+    assert isinstance(mine, Embedding)
+    theirs = client.encode([image_item(PNG, key=mine.key)])[0]
+    assert isinstance(theirs, Embedding) and theirs.grid != mine.grid
+    (fetched,) = client.fetch([mine.key])
+    assert isinstance(fetched, Embedding) and fetched.grid == mine.grid
 
 
 def test_many_callers_at_once_each_get_their_own(client: EncoderClient) -> None:

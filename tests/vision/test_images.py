@@ -287,3 +287,14 @@ def test_a_jpeg_of_thousands_of_empty_scans_is_refused_before_it_is_decoded() ->
     with pytest.raises(PixelError, match="scans, which would take too long"):
         decode_image(whole[:-2] + scan * 1000 + whole[-2:])
     assert decode_image(whole).shape == (3000, 4000, 3)
+
+
+@pytest.mark.parametrize("kind", [b"tEXt", b"IDAT"])
+def test_a_png_of_needless_chunks_is_refused_before_they_are_read(kind: bytes) -> None:
+    """Each costs its reader as much as a large one."""
+    whole = encoded(photo())
+    empty = bytes(4) + kind + zlib.crc32(kind).to_bytes(4, "big")
+    end = whole.index(b"IDAT") - 4
+    with pytest.raises(PixelError, match="thousands of needless chunks"):
+        decode_image(whole[:end] + empty * 200_000 + whole[end:])
+    np.testing.assert_array_equal(decode_image(whole[:end] + empty * 20 + whole[end:]), decode_image(whole))
