@@ -6,6 +6,7 @@ FORMAT ?= openvino
 PRECISION ?= bf16,int8
 LISTEN ?= 127.0.0.1:50051
 DEVICE ?= cpu
+METRICS ?= none
 DOCKER ?= docker
 TAG ?= epd-encoder-sidecar:latest
 EXTRAS ?=
@@ -65,7 +66,7 @@ export: $(READY)
 	$(BIN)/python -m export --model '$(MODEL)' --out '$(OUT)' --format '$(FORMAT)' --precision '$(PRECISION)'
 
 serve: $(READY)
-	$(BIN)/python -m sidecar serve --artifact '$(OUT)' --listen '$(LISTEN)' --device '$(DEVICE)' $(ARGS)
+	$(BIN)/python -m sidecar serve --artifact '$(OUT)' --listen '$(LISTEN)' --device '$(DEVICE)' --metrics-listen '$(METRICS)' $(ARGS)
 
 # optimum-intel's own environment. It brings torchvision, whose CUDA build does not load beside a CPU torch and then keeps
 # transformers from loading; nothing here needs it.

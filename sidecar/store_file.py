@@ -82,7 +82,7 @@ def read(store: Path, name: str, description: Description) -> Array:
         OSError: if there is no such file, or it may not be read.
         StoreFileError: if `name` is no name, or the file is not the embedding described.
     """
-    if not name or name in (".", "..") or "/" in name or "\0" in name:
+    if not name.isascii() or not name or name in (".", "..") or "/" in name or "\0" in name:
         raise StoreFileError("the name of a stored embedding must be a plain file name")
     directories = [os.open(store, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)]
     try:

@@ -9,7 +9,6 @@ nobody has leased. Nothing it does fails a request: what finds no room is handed
 from __future__ import annotations
 
 import errno
-import itertools
 import logging
 import os
 import secrets
@@ -102,7 +101,6 @@ class Store:
         self._fingerprint = fingerprint
         self._clock = clock
         self._lock = threading.RLock()
-        self._numbers = itertools.count()
         self._entries: OrderedDict[str, Entry] = OrderedDict()  # the one used longest ago comes first
         self._leases: OrderedDict[str, Lease] = OrderedDict()  # the one that expires first comes first
         self._used_bytes = self._evictions = self._unkept = self._expired = 0
@@ -128,9 +126,11 @@ class Store:
         """An entry's rows, mapped read-only; None if it has gone meanwhile."""
         try:
             return store_file.read(self.directory, entry.name, entry.description)
-        except (OSError, StoreFileError):
+        except (FileNotFoundError, NotADirectoryError, StoreFileError):
             self._forget(entry)
-            return None
+        except OSError:
+            self._evict(entry)  # no descriptors left, perhaps: encoded anew, it comes from memory
+        return None
 
     def lease(self, entry: Entry) -> Lease | None:
         """Claim an entry: it is not evicted before it is released or expires. None if it has gone meanwhile."""
@@ -177,8 +177,9 @@ class Store:
         """Serve another model from now on: what is left of the old one goes as its leases end."""
         with self._lock:
             self._fingerprint = fingerprint
-            for entry in [entry for entry in self._entries.values() if not entry.leases]:
-                self._evict(entry)
+            stale = [entry for entry in self._entries.values() if self._is_stale(entry)]
+        for entry in stale:
+            self._evict(entry)
 
     def status(self) -> StoreStatus:
         with self._lock:
@@ -224,13 +225,20 @@ class Store:
         while True:
             directory = None
             try:
-                directory = self._directory.draft(next(self._numbers))
+                directory = self._directory.draft()
                 return directory, store_file.create(directory / FILE_NAME, description)
             except OSError as error:
                 if directory is not None:
                     self._directory.remove(directory)
-                if error.errno != errno.ENOSPC or not self._evict(self._oldest()):
+                if error.errno != errno.ENOSPC or not self._may_fit(description) or not self._evict(self._oldest()):
                     raise
+
+    def _may_fit(self, description: Description) -> bool:
+        """Whether the file system has room once every entry that may go is gone: if not, none needs to."""
+        found = os.statvfs(self.directory)
+        with self._lock:
+            evictable = sum(entry.file_bytes for entry in self._entries.values() if not entry.leases)
+        return store_file.file_bytes(description) <= found.f_bavail * found.f_frsize + evictable
 
     def _publish(self, directory: Path, name: str, description: Description, lane: LaneIdentity) -> Entry | None:
         entry = Entry(name, description, lane, store_file.file_bytes(description))
@@ -264,19 +272,23 @@ class Store:
         with self._lock:
             if entry.leases or self._entries.get(entry.name) is not entry:
                 return True
-            del self._entries[entry.name]
             self._evictions += 1
+            directory = self._take_out(entry)
         # Its bytes count until they are really free.
-        self._directory.remove(self.path(entry).parent)
-        self._give_back(entry.file_bytes)
+        self._discard(directory, entry.description)
         return True
 
     def _forget(self, entry: Entry) -> None:
-        """Drop an entry whose file somebody else took away."""
+        """Drop an entry whose file somebody else took away or spoilt, leased or not."""
         with self._lock:
-            if self._entries.get(entry.name) is entry:
-                del self._entries[entry.name]
-                self._give_back(entry.file_bytes)
+            if self._entries.get(entry.name) is not entry:
+                return
+            directory = self._take_out(entry)
+        self._discard(directory, entry.description)
+
+    def _take_out(self, entry: Entry) -> Path:
+        del self._entries[entry.name]
+        return self._directory.withdraw(entry.name)
 
     def _is_stale(self, entry: Entry) -> bool:
         return entry.description.fingerprint != self._fingerprint

@@ -1,17 +1,19 @@
 """The directory that a store lives in: whose it is, one sidecar at a time, and swept of what a crash left.
 
 <store>/.lock                                 held by the living sidecar whose store it is
-<store>/.draft-<n>/encoder_cache.safetensors  being written
+<store>/.draft-<n>/encoder_cache.safetensors  being written, or being removed
 <store>/<name>/encoder_cache.safetensors      whole: its directory was renamed into place
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import itertools
 import logging
 import os
 import stat
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from sidecar.store_file import FILE_NAME
@@ -37,33 +39,34 @@ class StoreDirectory:
         """
         self.path = Path(os.path.abspath(path))  # noqa: PTH100  # resolve() would follow a link
         try:
-            self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
-            found = self.path.lstat()
-            if not stat.S_ISDIR(found.st_mode):
-                raise StoreError(f"--store {path} is a link or a file; name a directory")
-            if found.st_uid != os.geteuid():
-                raise StoreError(f"--store {path} belongs to another user; name a directory of your own")
-            self._lock = self._take()
+            while (lock := self._take(path)) is None:
+                pass
             self.path.chmod(0o700)
         except StoreError:
             raise
         except OSError as error:
             raise StoreError(f"--store {path} cannot be used: {error.strerror or error}") from error
+        self._lock = lock
+        self._numbers = itertools.count()
+        self._closed = False
         self.sweep()
 
     def entry(self, name: str) -> Path:
         """The file of an entry."""
         return self.path / name / FILE_NAME
 
-    def draft(self, number: int) -> Path:
+    def draft(self) -> Path:
         """A directory for a new entry; its file is written at `FILE_NAME` in it.
 
         Raises:
             OSError: if there is no room, or the store was taken away.
         """
-        draft = self.path / f"{_DRAFT}{number}"
-        draft.mkdir(mode=0o700)
-        return draft
+        self._check_open()
+        while True:
+            draft = self._unnamed()
+            with suppress(FileExistsError):  # a sweep had to leave it
+                draft.mkdir(mode=0o700)
+                return draft
 
     def publish(self, draft: Path, name: str) -> None:
         """Let an entry appear, whole, under its name.
@@ -71,11 +74,21 @@ class StoreDirectory:
         Raises:
             OSError: if the name is taken, or the store was taken away.
         """
+        self._check_open()
         draft.rename(self.path / name)
 
+    def withdraw(self, name: str) -> Path:
+        """Let an entry disappear, so that its name is free at once. What is returned is to be removed, which takes longer."""
+        with suppress(OSError):  # gone already
+            return (self.path / name).rename(self._unnamed())
+        return self.path / name
+
     def remove(self, directory: Path) -> None:
-        """Take an entry or a draft away; one that is gone already is no error."""
+        """Take an entry or a draft away; one that is gone already is no error. What a link leads to is not ours."""
         with suppress(OSError):
+            if directory.is_symlink():
+                directory.unlink()
+                return
             (directory / FILE_NAME).unlink(missing_ok=True)
             directory.rmdir()
 
@@ -90,28 +103,61 @@ class StoreDirectory:
                 logger.warning("%s is no embedding and stays; a store should hold nothing else", child)
 
     def close(self) -> None:
-        """Remove everything, the directory too where it is ours alone."""
-        self.sweep()
+        """Remove everything, the directory too where it is ours alone. Whoever still writes gets an OSError from now on."""
+        if self._closed:
+            return
+        self._closed = True
+        lock = self.path / _LOCK
         with suppress(OSError):
-            (self.path / _LOCK).unlink()
-            self.path.rmdir()
+            self.sweep()
+            lock.unlink()
+            try:
+                self.path.rmdir()
+            except OSError:
+                lock.touch(0o600)  # something had to be left, and the next sidecar must know it for a store all the same
         os.close(self._lock)
 
-    def _take(self) -> int:
-        """Hold the lock. A directory with things in it and no lock was never a store, and is not to be swept.
+    def _check_open(self) -> None:
+        # The path may be another sidecar's by now.
+        if self._closed:
+            raise OSError(errno.ESHUTDOWN, "the store is closed")
+
+    def _unnamed(self) -> Path:
+        return self.path / f"{_DRAFT}{next(self._numbers)}"
+
+    def _take(self, named: Path) -> int | None:
+        """Make the directory where it is missing, and hold its lock. None if its last holder took it away just then.
 
         Raises:
             StoreError: if another sidecar holds it, or the directory is something else.
         """
+        with suppress(FileExistsError):
+            self.path.mkdir(mode=0o700, parents=True)
+        with suppress(FileNotFoundError), ExitStack() as failing:
+            self._check_ours(named)
+            handle = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            failing.callback(os.close, handle)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise StoreError(f"--store {named} is another sidecar's; give each one a directory of its own") from None
+            # What we have locked may have been removed since we opened it, and be nobody's lock any more.
+            if os.path.samestat(os.fstat(handle), (self.path / _LOCK).lstat()):
+                failing.pop_all()
+                return handle
+        return None
+
+    def _check_ours(self, named: Path) -> None:
+        """A directory with things in it and no lock was never a store, and is not to be swept.
+
+        Raises:
+            StoreError: if the directory is something else than a store of ours, or a place for one.
+        """
+        found = self.path.lstat()
+        if not stat.S_ISDIR(found.st_mode):
+            raise StoreError(f"--store {named} is a link or a file; name a directory")
+        if found.st_uid != os.geteuid():
+            raise StoreError(f"--store {named} belongs to another user; name a directory of your own")
         lock = self.path / _LOCK
-        if not lock.exists() and any(self.path.iterdir()):
-            raise StoreError(f"--store {self.path} holds other files; name a directory for the store alone")
-        handle = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(handle)
-            raise StoreError(
-                f"--store {self.path} is another sidecar's; give each one a directory of its own"
-            ) from None
-        return handle
+        if not lock.exists() and any(child != lock for child in self.path.iterdir()):
+            raise StoreError(f"--store {named} holds other files; name a directory for the store alone")

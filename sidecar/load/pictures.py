@@ -101,7 +101,7 @@ def plate(size: Size, picture_format: str, rules: PatchRules, seed: int) -> Plat
 
 
 def photo_like(size: Size, seed: int) -> Rgb:
-    """Soft shapes of every scale with some grain: a spectrum near 1/f, as photos have, and so a photo's compressed size."""
+    """Soft shapes of every scale with some grain, whose amplitude falls with the frequency so that they compress as photos do."""
     random = np.random.default_rng((seed, size.width, size.height))
     values = np.full((size.height, size.width, 3), 128.0, np.float32)
     cells, amplitude = 2, 60.0
@@ -109,7 +109,7 @@ def photo_like(size: Size, seed: int) -> Rgb:
         rows, columns = (min(cells, side) for side in (size.height, size.width))
         noise = Image.fromarray((random.random((rows, columns, 3)) * 255).astype(np.uint8))
         values += (np.asarray(noise.resize(size, Image.Resampling.BICUBIC), np.float32) - 127.5) * (amplitude / 127.5)
-        cells, amplitude = cells * 2, amplitude * 0.6
+        cells, amplitude = cells * 2, amplitude * 0.8
     return values.clip(0, 255).astype(np.uint8)
 
 

@@ -7,9 +7,10 @@ import json
 import re
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from io import BytesIO
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
@@ -153,3 +154,32 @@ def memory_bytes(server: Server) -> tuple[int, int]:
 
 def percentile(values: Sequence[float], part: float) -> float:
     return float(np.percentile(values, 100 * part))
+
+
+async def until_cancelled(address: str, items: Sequence[Item], width: int) -> None:
+    """Keep `width` calls under way, over the items again and again, whatever becomes of them."""
+    async with AsyncEncoderClient(address) as client:
+        await asyncio.gather(*(_repeat(client, items[number::width]) for number in range(width)))
+
+
+async def _repeat(client: AsyncEncoderClient, items: Sequence[Item]) -> None:
+    while True:
+        for item in items:
+            await outcome_of(client, item)
+
+
+@contextmanager
+def flooded(server: Server, items: Sequence[Item], width: int) -> Iterator[None]:
+    """A client in a process of its own, so that what this one measures is not its own load, until the block ends."""
+    messages = [item.SerializeToString() for item in items]
+    process = get_context("spawn").Process(target=_flood, args=(server.address, messages, width), daemon=True)
+    process.start()
+    try:
+        yield
+    finally:
+        process.kill()
+        process.join()
+
+
+def _flood(address: str, messages: Sequence[bytes], width: int) -> None:
+    asyncio.run(until_cancelled(address, [Item.FromString(message) for message in messages], width))

@@ -1,0 +1,96 @@
+"""What cannot be done in time is refused at once, and what nobody waits for any more does not run."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any
+
+import pytest
+from google.rpc.error_details_pb2 import ErrorInfo
+from load import (
+    QUICK,
+    StartServer,
+    all_at_once,
+    engine,
+    is_idle,
+    items_run,
+    open_clients,
+    outcome_of,
+    slow_item,
+    wait_until,
+)
+from servers import Server
+
+from sidecar.client import Embedding, EncodeError, EncoderClient, ItemError
+
+pytestmark = pytest.mark.soak
+
+QUEUED = 12
+
+
+@pytest.fixture
+def server(start_server: StartServer) -> Server:
+    return start_server(*QUICK, "--threads", "1")
+
+
+def service_s(client: EncoderClient, first: int) -> float:
+    """What a slow item takes here and now; the lane learns it too."""
+    results = [client.encode([slow_item(number)], timeout_s=120)[0] for number in range(first, first + 8)]
+    return max(result.times.run_ms for result in results if isinstance(result, Embedding)) / 1e3
+
+
+def test_a_deadline_that_cannot_be_met_is_refused_at_once(server: Server) -> None:
+    with server.client() as client:
+        one_s = service_s(client, 0)
+
+    async def run() -> tuple[Any, float]:
+        async with open_clients(server, 2) as (other, client):
+            queue = asyncio.create_task(all_at_once([client], [slow_item(100 + i) for i in range(QUEUED)]))
+            await asyncio.to_thread(
+                wait_until, "queued", lambda: engine(server)["waiting_patches"] > 4096 * (QUEUED - 2)
+            )
+            begun = time.monotonic()
+            # As the same client: it waits behind all of its own.
+            refused = await outcome_of(client, slow_item(999), timeout_s=patience_s)
+            took_s = time.monotonic() - begun
+            answered = await queue
+            assert all(isinstance(result, Embedding) for result in answered)
+            return refused, took_s
+
+    patience_s = QUEUED / 3 * one_s
+    refused, took_s = asyncio.run(run())
+    assert isinstance(refused, ItemError), refused
+    reasons = [detail.reason for detail in refused.details if isinstance(detail, ErrorInfo)]
+    print(f"\nrefused {took_s * 1e3:.0f} ms into {patience_s * 1e3:.0f} ms of patience: {refused.message}", end="")
+    assert (refused.code, reasons) == ("DEADLINE_EXCEEDED", ["DEADLINE_CANNOT_BE_MET"])
+    assert took_s < patience_s / 2
+    assert items_run(server) == 8 + QUEUED
+
+
+def test_what_expires_while_it_waits_does_not_run(server: Server) -> None:
+    with server.client() as client:
+        one_s = service_s(client, 0)
+    wait_until("idle", lambda: is_idle(server))
+    before = items_run(server)
+
+    async def run() -> tuple[Any, float]:
+        async with open_clients(server, 2) as (client, other):
+            queue = asyncio.create_task(all_at_once([client], [slow_item(200 + i) for i in range(QUEUED // 2)]))
+            await asyncio.to_thread(wait_until, "queued", lambda: engine(server)["waiting_items"] == QUEUED // 2)
+            # Enough for what waits now, and not for what another client is about to be given in between.
+            begun = time.monotonic()
+            late = asyncio.create_task(outcome_of(client, slow_item(998), timeout_s=one_s * QUEUED * 0.8))
+            await asyncio.to_thread(wait_until, "queued", lambda: engine(server)["waiting_items"] >= QUEUED // 2)
+            flood = await all_at_once([other], [slow_item(300 + i) for i in range(2 * QUEUED)])
+            expired = await late
+            took_s = time.monotonic() - begun
+            assert all(isinstance(result, Embedding) for result in [*flood, *await queue])
+            return expired, took_s
+
+    expired, took_s = asyncio.run(run())
+    wait_until("idle", lambda: is_idle(server))
+    ran = items_run(server) - before
+    print(f"\nexpired after {took_s:.1f} s of waiting behind others; {ran} items ran, of {ran + 1} asked for", end="")
+    assert isinstance(expired, (ItemError, EncodeError)) and expired.code == "DEADLINE_EXCEEDED", expired
+    assert ran == QUEUED // 2 + 2 * QUEUED

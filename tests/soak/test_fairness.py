@@ -1,0 +1,46 @@
+"""One client's flood does not starve another's single requests."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+from load import QUICK, StartServer, engine, flooded, percentile, slow_item, wait_until
+
+from sidecar.client import Embedding, EncoderClient
+
+pytestmark = pytest.mark.soak
+
+SIDE, CALLS, OUTSTANDING = 224, 60, 300
+
+
+def timed(client: EncoderClient, first: int) -> tuple[list[float], list[float]]:
+    """Milliseconds of calls one after another, and of the runs that they were part of."""
+    took, runs = [], []
+    for number in range(first, first + CALLS):
+        begun = time.perf_counter()
+        (result,) = client.encode([slow_item(number, SIDE)], timeout_s=60)
+        took.append((time.perf_counter() - begun) * 1e3)
+        assert isinstance(result, Embedding) and not result.cached, result
+        runs.append(result.times.run_ms)
+    return took, runs
+
+
+def test_a_flood_leaves_another_client_its_share(start_server: StartServer) -> None:
+    server = start_server(*QUICK)
+    with server.client() as client:
+        timed(client, 10_000)  # the connection, and everything's first time
+        alone, _ = timed(client, 20_000)
+        # More pictures than can be run meanwhile, so that none is a hit.
+        with flooded(server, [slow_item(number, SIDE) for number in range(10_000)], OUTSTANDING):
+            wait_until("flooded", lambda: engine(server)["waiting_items"] > OUTSTANDING - 50)
+            beside, runs = timed(client, 30_000)
+            still_waiting = engine(server)["waiting_items"]
+    service_ms = percentile(runs, 0.5)
+    alone_ms, beside_ms = percentile(alone, 0.95), percentile(beside, 0.95)
+    bar_ms = 3 * alone_ms + service_ms
+    print(f"\np95 alone {alone_ms:.1f} ms, beside {still_waiting} waiting {beside_ms:.1f} ms ", end="")
+    print(f"(median {percentile(beside, 0.5):.1f}); one service time {service_ms:.1f} ms; ", end="")
+    print(f"bar {bar_ms:.1f} ms: {'met' if beside_ms <= bar_ms else 'NOT met'}", end="")
+    assert still_waiting > OUTSTANDING / 2
+    assert beside_ms <= 2 * bar_ms
