@@ -29,7 +29,9 @@ def serving(artifact: Path, log: Path, *flags: str, timeout_s: float = 300) -> I
     Raises:
         RuntimeError: if it does not become ready; the message holds its log.
     """
-    command = [sys.executable, "-m", "sidecar", "serve", "--artifact", str(artifact), "--listen", "127.0.0.1:0", *flags]
+    command = [sys.executable, "-m", "sidecar", "serve", "--artifact", str(artifact), "--listen", "127.0.0.1:0"]
+    # Not the default store: that may be the one of a sidecar in service. The last flag counts.
+    command += ["--store", "none", *flags]
     started = time.perf_counter()
     with log.open("w") as output, subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT) as process:
         try:

@@ -1,4 +1,4 @@
-"""`python -m sidecar COMMAND`: serve, encode, info, health."""
+"""`python -m sidecar COMMAND`: serve, encode, info, health, load."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from importlib import import_module
 
 from sidecar import __version__
 
-COMMANDS = ("serve", "encode", "info", "health")
+COMMANDS = ("serve", "encode", "info", "health", "load")
 
 
 def main(arguments: list[str] | None = None) -> int:

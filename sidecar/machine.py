@@ -51,23 +51,40 @@ def pin(cpus: Iterable[int], numa_node: int, root: Path = _ROOT) -> None:
     the thread that first writes to them. Threads inherit it, so it must come before they do.
 
     Raises:
-        MachineError: if none of them can be had.
+        MachineError: if one of `cpus`, or every CPU of the node, is not for this process.
     """
-    wanted = set(cpus)
+    wanted, allowed = set(cpus), os.sched_getaffinity(0)
+    if missing := wanted - allowed:
+        raise MachineError(
+            f"--cpus: this process may not run on {_shown(missing)}; name some of {_shown(allowed)}"
+        )
     if numa_node >= 0:
-        try:
-            text = (root / f"sys/devices/system/node/node{numa_node}/cpulist").read_text()
-        except OSError:
-            raise MachineError(f"--numa-node {numa_node}: this machine has no such node") from None
-        node = set(cpu_list(text.strip()))
-        wanted = wanted & node if wanted else node
-        if not wanted:
-            raise MachineError(f"--cpus: none of them is on --numa-node {numa_node}")
-    if not wanted:
-        return
-    if missing := wanted - os.sched_getaffinity(0):
-        raise MachineError(f"--cpus: this process may not run on {','.join(map(str, sorted(missing)))}")
-    os.sched_setaffinity(0, wanted)
+        # A container may have been given a part of the node.
+        if not (node := _node(numa_node, root) & allowed):
+            raise MachineError(f"--numa-node {numa_node}: this process may run on no CPU of it, only on {_shown(allowed)}")
+        if wanted and not wanted & node:
+            raise MachineError(f"--cpus: none of them is on --numa-node {numa_node}, which has {_shown(node)}")
+        wanted = wanted & node or node
+    if wanted:
+        os.sched_setaffinity(0, wanted)
+
+
+def _node(number: int, root: Path) -> set[int]:
+    try:
+        return set(cpu_list((root / f"sys/devices/system/node/node{number}/cpulist").read_text().strip()))
+    except OSError:
+        raise MachineError(f"--numa-node {number}: this machine has no such node") from None
+
+
+def _shown(cpus: Iterable[int]) -> str:
+    """As `cpu_list` reads it: {0, 1, 2, 8} → 0-2,8."""
+    runs: list[list[int]] = []
+    for cpu in sorted(cpus):
+        if runs and runs[-1][-1] == cpu - 1:
+            runs[-1][1:] = [cpu]
+        else:
+            runs.append([cpu])
+    return ",".join("-".join(map(str, run)) for run in runs)
 
 
 def _physical(cpus: Iterable[int], root: Path) -> int:

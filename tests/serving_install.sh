@@ -31,7 +31,7 @@ megabytes=$(du -sm venv/lib/python*/site-packages | cut -f1)
 echo "serving install: $megabytes MB in site-packages"
 [ "$megabytes" -lt 500 ]
 
-venv/bin/python -m sidecar serve --artifact "$artifact" --listen "unix:$scratch/sidecar.sock" 2>serve.log &
+venv/bin/python -m sidecar serve --artifact "$artifact" --listen "unix:$scratch/sidecar.sock" --store "$scratch/store" 2>serve.log &
 server=$!
 for _ in $(seq 300); do
     grep -q 'ready on' serve.log && break

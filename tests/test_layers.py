@@ -20,6 +20,11 @@ ALLOWED = {
     "sidecar/server/": ("sidecar",),
     "sidecar/commands/serve.py": ("sidecar",),
     "sidecar/commands/health.py": ("sidecar.commands", "sidecar.credentials"),
+    "sidecar/commands/load": (
+        *("sidecar.commands", "sidecar.load", "sidecar.client"),
+        *("sidecar.credentials", "sidecar.vision", "sidecar.pb"),
+    ),
+    "sidecar/load/": ("sidecar.client", "sidecar.replies", "sidecar.vision", "sidecar.pb"),
     "sidecar/commands/": ("sidecar.client", "sidecar.credentials", "sidecar.picture", "sidecar.vision", "sidecar.pb"),
     "sidecar/client.py": ("sidecar.credentials", "sidecar.items", "sidecar.replies", "sidecar.pb", "sidecar.vision"),
     "sidecar/credentials.py": (),

@@ -24,23 +24,51 @@ REQUIRED = {"artifact": "a"}
 SAMPLES: dict[str, tuple[str, Any, str, Any]] = {
     "artifact": ("from-flag", Path("from-flag"), "from-env", Path("from-env")),
     "listen": ("unix:/a, [::1]:80", ("unix:/a", "[::1]:80"), "0.0.0.0:0", ("0.0.0.0:0",)),
-    "device": ("ov:GPU", "ov:GPU", "xpu:0", "xpu:0"),
+    "device": ("cpu, ov:GPU", ("cpu", "ov:GPU"), "xpu:0", ("xpu:0",)),
     "runtime": ("onnx", "onnx", "torch", "torch"),
     "precision": ("int8", "int8", "bf16", "bf16"),
     "embedding_dtype": ("float16", "float16", "float32", "float32"),
     "threads": ("3", 3, "0", 0),
+    "streams": ("2", 2, "4", 4),
+    "batch_patches": ("0", 0, "100", 100),
+    "cpus": ("0-3,8", (0, 1, 2, 3, 8), "7", (7,)),
+    "numa_node": ("1", 1, "-1", -1),
+    "warm_up_seconds": ("0", 0.0, "2.5", 2.5),
     "preprocess_threads": ("4", 4, "1", 1),
     "cache_dir": ("none", None, "/c", Path("/c")),
     "max_message_bytes": ("1000", 1000, "2147483647", 2**31 - 1),
     "max_items": ("1", 1, "7", 7),
     "max_image_pixels": ("5", 5, "6", 6),
+    "max_frames": ("2", 2, "8", 8),
     "max_item_patches": ("7", 7, "8", 8),
+    "max_queue_items": ("3", 3, "4", 4),
     "max_queue_patches": ("9", 9, "10", 10),
     "max_held_bytes": ("11", 11, "12", 12),
+    "store": ("none", None, "/dev/shm/s", Path("/dev/shm/s")),
+    "store_bytes": ("13", 13, "4611686018427387904", 1 << 62),
+    "lease_seconds": ("0.5", 0.5, "60", 60.0),
+    "tls_cert": ("c.pem", Path("c.pem"), "none", None),
+    "tls_key": ("k.pem", Path("k.pem"), "none", None),
+    "tls_client_ca": ("ca.pem", Path("ca.pem"), "none", None),
+    "token_file": ("t", Path("t"), "none", None),
+    "url_input": ("true", True, "no", False),
+    "url_hosts": ("a.example, b.example", ("a.example", "b.example"), "c.example", ("c.example",)),
+    "url_bytes": ("14", 14, "15", 15),
+    "url_seconds": ("1", 1.0, "0.5", 0.5),
+    "metrics_listen": ("127.0.0.1:9090", "127.0.0.1:9090", "none", "none"),
+    "watch_artifact": ("on", True, "off", False),
     "drain_seconds": ("0", 0.0, "2.5", 2.5),
     "allow_below_bar": ("true", True, "no", False),
     "allow_unsealed": ("on", True, "0", False),
     "log_level": ("debug", "debug", "error", "error"),
+    "log_format": ("json", "json", "text", "text"),
+}
+# What a setting makes no sense without.
+COMPANIONS = {
+    "tls_cert": ["--tls-key", "k.pem"],
+    "tls_key": ["--tls-cert", "c.pem"],
+    "tls_client_ca": ["--tls-cert", "c.pem", "--tls-key", "k.pem"],
+    "url_hosts": ["--url-input"],
 }
 
 
@@ -67,9 +95,11 @@ def test_every_setting_is_tried_here() -> None:
 def test_a_flag_wins_over_the_environment_and_that_over_the_default(name: str) -> None:
     on_line, by_flag, in_environment, by_environment = SAMPLES[name]
     variables = {f"EPD_{name.upper()}": in_environment}
-    assert getattr(read(with_artifact([flag(name), on_line]), variables), name) == by_flag
+    beside = COMPANIONS.get(name, [])
+    assert getattr(read(with_artifact([flag(name), on_line, *beside]), variables), name) == by_flag
     without = [] if name == "artifact" else ["--artifact", "a"]
-    assert getattr(read(without, variables), name) == by_environment
+    companions = [] if by_environment is None else beside
+    assert getattr(read([*without, *companions], variables), name) == by_environment
     if name != "artifact":
         assert getattr(read(without), name) == FIELDS[name].default
         # A manifest of Kubernetes or compose that fills in nothing leaves the default.
@@ -85,11 +115,20 @@ def test_the_artifact_is_required() -> None:
 def test_dynamos_variable_names_the_device_unless_ours_or_the_flag_does() -> None:
     artifact = ["--artifact", "a"]
     dynamo = {"DYN_ENCODER_DEVICE": "cuda"}
-    assert read(artifact).device == "cpu"
-    assert read(artifact, dynamo).device == "cuda"
-    assert read(artifact, {**dynamo, "EPD_DEVICE": "xpu"}).device == "xpu"
-    assert read(artifact, {**dynamo, "EPD_DEVICE": ""}).device == "cuda"
-    assert read([*artifact, "--device", "ov:GPU"], {**dynamo, "EPD_DEVICE": "xpu"}).device == "ov:GPU"
+    assert read(artifact).device == ("cpu",)
+    assert read(artifact, dynamo).device == ("cuda",)
+    assert read(artifact, {**dynamo, "EPD_DEVICE": "xpu"}).device == ("xpu",)
+    assert read(artifact, {**dynamo, "EPD_DEVICE": ""}).device == ("cuda",)
+    assert read([*artifact, "--device", "ov:GPU"], {**dynamo, "EPD_DEVICE": "xpu"}).device == ("ov:GPU",)
+
+
+def test_a_device_flag_given_again_is_one_more_lane() -> None:
+    several = read(["--artifact", "a", "--device", "cpu", "--device=cuda:0,cuda:1", "--device", "cpu"])
+    assert several.device == ("cpu", "cuda:0", "cuda:1", "cpu")
+
+
+def test_a_flag_given_again_is_taken_by_its_last_value() -> None:
+    assert read(["--artifact", "a", "--threads", "1", "--threads", "2"]).threads == 2
 
 
 def test_a_bare_flag_switches_on() -> None:
@@ -99,18 +138,30 @@ def test_a_bare_flag_switches_on() -> None:
     )
 
 
-WHOLE = (
-    *("threads", "preprocess_threads", "max_message_bytes", "max_items"),
-    *("max_image_pixels", "max_item_patches", "max_queue_patches"),
-)
+# The least that each may be.
+LEAST = {
+    **dict.fromkeys(("threads", "batch_patches"), 0),
+    **dict.fromkeys(("preprocess_threads", "max_message_bytes", "max_items", "max_image_pixels", "max_frames"), 1),
+    **dict.fromkeys(("max_item_patches", "max_queue_items", "max_queue_patches", "url_bytes"), 1),
+}
+WIDE = {"store_bytes": 0, "max_held_bytes": 1}
+SECONDS = ("drain_seconds", "warm_up_seconds", "lease_seconds", "url_seconds")
 WRONG = [
-    *((name, value) for name in WHOLE for value in ("x", "1.5", "-1", "2147483648", "1e3", "nan")),
-    *((name, "0") for name in WHOLE if name != "threads"),
-    *(("drain_seconds", value) for value in ("x", "-1", "nan", "inf", "1e300")),
+    *((name, value) for name in (*LEAST, *WIDE) for value in ("x", "1.5", "1e3", "nan")),
+    *((name, str(least - 1)) for name, least in (LEAST | WIDE).items()),
+    *((name, str(2**31)) for name in LEAST),
+    *((name, str(2**62 + 1)) for name in WIDE),
+    *(("streams", value) for value in ("0", "1025", "two")),
+    *(("numa_node", value) for value in ("-2", "1024", "x")),
+    *(("cpus", value) for value in ("x", "3-1", "-1", "1-", "0,,a", "0-4096", "9" * 5000)),
+    *((name, value) for name in SECONDS for value in ("x", "-1", "nan", "inf", "1e300", "86401")),
+    *((name, "0") for name in ("lease_seconds", "url_seconds")),
     *(("listen", value) for value in (",", "127.0.0.1", "localhost", "host:", "host:99999", "host:-1", ":80", "a:b")),
-    *(("listen", "127.0.0.1:0,host"), ("listen", "host:８０")),
-    *((name, "maybe") for name in ("allow_below_bar", "allow_unsealed")),
+    *(("listen", "127.0.0.1:0,host"), ("listen", "host:８０"), ("listen", "unix:")),
+    *(("metrics_listen", value) for value in ("127.0.0.1", "9090", ":9090", "host:99999", "unix:/run/metrics")),
+    *((name, "maybe") for name in ("allow_below_bar", "allow_unsealed", "url_input", "watch_artifact")),
     *(("runtime", "tensorrt"), ("precision", "fp8"), ("embedding_dtype", "uint8"), ("log_level", "loud")),
+    *(("log_format", "xml"), ("tls_client_ca", "ca.pem"), ("url_hosts", "a.example")),
 ]
 
 
@@ -123,6 +174,12 @@ def test_a_value_that_cannot_be_is_refused_by_its_flags_name(name: str, value: s
         assert message.startswith(flag(name) + " ")
         assert "invalid literal" not in message
         assert re.search(r"must be|takes|needs", message)  # what would be right
+
+
+@pytest.mark.parametrize("given", ["tls_cert", "tls_key"])
+def test_half_of_a_key_pair_is_refused(given: str) -> None:
+    with pytest.raises(SettingsError, match="--tls-cert and --tls-key must be given together"):
+        read(["--artifact", "a", flag(given), "x.pem"])
 
 
 def test_a_device_of_no_name_is_refused() -> None:

@@ -88,7 +88,7 @@ class Driver:
 
     async def _closed_loop(self) -> None:
         while not self._pace.ends(number := next(self._numbers), _now() - self._tally.began):
-            await self._send(number, arrived=_now())
+            await self._send(number)
 
     async def _open_loop(self, group: asyncio.TaskGroup) -> None:
         for number, arrival_s in enumerate(self._pace.arrivals_s(self._mix.seed)):
@@ -99,8 +99,10 @@ class Driver:
             await asyncio.sleep(max(arrived - _now(), 0.0))
             group.create_task(self._send(number, arrived))
 
-    async def _send(self, number: int, arrived: float) -> None:
+    async def _send(self, number: int, arrived: float | None = None) -> None:
+        """`arrived` is given in the open loop; in the closed one a request arrives when it has been made."""
         request = self._mix.request(number)
+        arrived = _now() if arrived is None else arrived
         self._tally.note_sent(len(request.items), (_now() - arrived) * 1e3)
         waiting = dict(enumerate(request.items))
         cancelled_at = None if request.cancel_after_s is None else arrived + request.cancel_after_s

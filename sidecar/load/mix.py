@@ -10,12 +10,16 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from sidecar.client import Item, image_item
 from sidecar.load.pictures import MIN_SIDE, PatchRules, Size, plate
+
+Shares = npt.NDArray[np.float64]
 
 # Streams of random numbers that share a seed and must not be the same numbers.
 _SIZES, _REQUESTS = 1, 2
@@ -36,12 +40,12 @@ class Generated:
 
     def __init__(self, sizes: Mapping[Size, float], picture_format: str, rules: PatchRules, seed: int) -> None:
         self._plates = [plate(size, picture_format, rules, seed) for size in sizes]
-        self._shares = np.cumsum(list(sizes.values())) / sum(sizes.values())
+        self._shares = cumulative(np.array(list(sizes.values())))
         self._seed = seed
 
     def item(self, number: int) -> Item:
-        drawn = np.random.default_rng((self._seed, _SIZES, number)).random()
-        return self._plates[int(np.searchsorted(self._shares, drawn, side="right"))].item(number)
+        random = np.random.default_rng((self._seed, _SIZES, number))
+        return self._plates[drawn(self._shares, random)].item(number)
 
 
 class Photos:
@@ -97,22 +101,26 @@ class Mix:
     def picture_numbers(self, number: int, random: np.random.Generator) -> Sequence[int]:
         if self.catalogue is None:
             return range(number * self.items_per_request, (number + 1) * self.items_per_request)
-        return [zipf_rank(drawn, self.catalogue, self.zipf) for drawn in random.random(self.items_per_request)]
+        shares = zipf_shares(self.catalogue, self.zipf)
+        return [drawn(shares, random) for _ in range(self.items_per_request)]
 
 
-def zipf_rank(drawn: float, count: int, exponent: float) -> int:
-    """The rank from 0 that a number in [0, 1) draws of `count`, in proportion to (rank + 1)^-exponent.
+@cache
+def zipf_shares(count: int, exponent: float) -> Shares:
+    """Of `count` ranks drawn in proportion to (rank + 1)^-exponent; see `cumulative`."""
+    return cumulative(np.arange(1, count + 1, dtype=np.float64) ** -exponent)
 
-    By the inverse of the continuous distribution on [1, count + 1) with that density, rounded down: as near to the discrete
-    one as traffic is to either, and without a table.
-    """
-    most = count + 1.0
-    if math.isclose(exponent, 1.0):
-        place = most**drawn
-    else:
-        rest = 1.0 - exponent
-        place = (1.0 + drawn * (most**rest - 1.0)) ** (1.0 / rest)
-    return min(int(place) - 1, count - 1)
+
+def cumulative(weights: Shares) -> Shares:
+    """The share of all weights up to and with each, (count,): rising, and exactly 1 at the end."""
+    sums: Shares = np.cumsum(weights)
+    sums /= sums[-1]
+    return sums
+
+
+def drawn(shares: Shares, random: np.random.Generator) -> int:
+    """An index, each as often as its share says."""
+    return int(np.searchsorted(shares, random.random(), side="right"))
 
 
 def parse_sizes(text: str) -> dict[Size, float]:

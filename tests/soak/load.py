@@ -22,8 +22,9 @@ from servers import Server
 from sidecar.client import AsyncEncoderClient, Embedding, EncodeError, Item, ItemError
 from sidecar.items import image_item, rgb_image_item
 
-# No time for a lane to measure itself beyond its first runs, and a page that tells what the server holds.
-QUICK = ("--warm-up-seconds", "0", "--metrics-listen", "127.0.0.1:0")
+# No time for a lane to measure itself beyond its first runs, and a page that tells what the server holds. A caller that goes away
+# in the moment of its answer cannot give back a lease that it has not seen: it expires, and a drain waits for that.
+QUICK = ("--warm-up-seconds", "0", "--metrics-listen", "127.0.0.1:0", "--lease-seconds", "10")
 # Embeddings as any reader of safetensors knows them.
 EXACT = ("--precision", "f32", "--embedding-dtype", "float32")
 REFUSALS = ("RESOURCE_EXHAUSTED", "UNAVAILABLE", "DEADLINE_EXCEEDED")
@@ -84,11 +85,14 @@ async def closed_loop(
     """As many calls as there are items, `width` of them at a time."""
     waiting = iter(items)
 
-    async def worker(client: AsyncEncoderClient) -> Counter[str]:
-        return tally([await outcome_of(client, item, timeout_s) for item in waiting])
+    ended: Counter[str] = Counter()
 
-    ended = await asyncio.gather(*(worker(clients[number % len(clients)]) for number in range(width)))
-    return sum(ended, Counter())
+    async def worker(client: AsyncEncoderClient) -> None:
+        for item in waiting:  # and nothing of it is kept, which might be a file of the store
+            ended.update(tally([await outcome_of(client, item, timeout_s)]))
+
+    await asyncio.gather(*(worker(clients[number % len(clients)]) for number in range(width)))
+    return ended
 
 
 def tally(outcomes: Iterable[Outcome]) -> Counter[str]:

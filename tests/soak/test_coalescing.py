@@ -83,11 +83,11 @@ def test_bad_content_under_a_shared_key_fails_its_sender_alone(server: Server) -
 
     async def run() -> tuple[Any, list[Any]]:
         async with open_clients(server, 6) as (other, first, *rest):
-            # Large enough that what comes after it is not yet decoded when the others join.
-            blockers = [asyncio.create_task(outcome_of(other, slow_item(i, 1792))) for i in range(6)]
-            await reached(server, misses=6)
+            # Enough that what comes after it is not yet decoded when the others join.
+            blockers = [asyncio.create_task(outcome_of(other, slow_item(i))) for i in range(12)]
+            await reached(server, misses=12)
             bad = asyncio.create_task(outcome_of(first, image_item(cut_short, key="shared")))
-            await reached(server, misses=7)
+            await reached(server, misses=13)
             others = [asyncio.create_task(outcome_of(client, image_item(good, key="shared"))) for client in rest]
             await reached(server, coalesced=len(others))
             results = await bad, list(await asyncio.gather(*others))
@@ -97,7 +97,7 @@ def test_bad_content_under_a_shared_key_fails_its_sender_alone(server: Server) -
     bad, others = asyncio.run(run())
     assert isinstance(bad, ItemError) and bad.code == "INVALID_ARGUMENT", bad
     assert all(isinstance(result, Embedding) for result in others), others
-    assert items_run(server) == 7  # six blockers, and the others' content once
+    assert items_run(server) == 13  # twelve blockers, and the others' content once
     print(f"\nbad content under a shared key: its sender got {bad.code}, {len(others)} others their embedding", end="")
 
 

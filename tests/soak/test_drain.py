@@ -33,7 +33,6 @@ async def load_until_it_ends(server: Server, answers: int) -> tuple[Counter[str]
     async def worker(client: AsyncEncoderClient, number: int) -> None:
         while server.process.poll() is None:
             outcome = await outcome_of(client, picture_item(number, 56 << number % 4))
-            if isinstance(outcome, EncodeError) and outcome.code=="CANCELLED": print(outcome)
             if isinstance(outcome, ItemError):
                 complaints.append(f"{outcome.code}: {outcome.message}")
             ended.update(tally([outcome]))

@@ -38,8 +38,7 @@ REQUESTS, WIDTH = 10_000, 32
 
 @pytest.fixture(scope="module")
 def server(start_server: StartServer) -> Server:
-    # Who is cancelled in the moment of its answer cannot give back a lease that it has not seen: that one expires.
-    return start_server(*QUICK, "--store-bytes", "4000000", "--lease-seconds", "10")
+    return start_server(*QUICK, "--store-bytes", "4000000")
 
 
 def test_200_requests_at_once_lose_none_three_times_in_a_row(server: Server) -> None:
