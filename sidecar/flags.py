@@ -6,10 +6,14 @@ A field's metadata is its documentation; the command line is generated from it, 
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, field, fields
 from pathlib import Path
 from typing import Any
+
+_SPAN = re.compile("([0-9]{1,9})(?:-([0-9]{1,9}))?")
+_MOST_CPUS = 4096
 
 
 class SettingsError(ValueError):
@@ -63,13 +67,11 @@ def cpu_list(text: str) -> tuple[int, ...]:
     """`0-3,8` → (0, 1, 2, 3, 8), as taskset and the kernel write it."""
     cpus: list[int] = []
     for part in words(text):
-        first, dash, last = part.partition("-")
-        if not first.isdecimal() or (dash and not last.isdecimal()):
+        span = _SPAN.fullmatch(part)
+        named = range(int(span[1]), int(span[2] or span[1]) + 1) if span else ()
+        if not 0 < len(named) <= _MOST_CPUS:
             raise ValueError("must be a list of CPUs such as 0-3,8")
-        if (span := range(int(first), int(last or first) + 1)) and len(span) <= 4096:
-            cpus += span
-        else:
-            raise ValueError("must be a list of CPUs such as 0-3,8")
+        cpus += named
     return tuple(cpus)
 
 

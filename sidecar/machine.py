@@ -55,13 +55,13 @@ def pin(cpus: Iterable[int], numa_node: int, root: Path = _ROOT) -> None:
     """
     wanted, allowed = set(cpus), os.sched_getaffinity(0)
     if missing := wanted - allowed:
-        raise MachineError(
-            f"--cpus: this process may not run on {_shown(missing)}; name some of {_shown(allowed)}"
-        )
+        raise MachineError(f"--cpus: this process may not run on {_shown(missing)}; name some of {_shown(allowed)}")
     if numa_node >= 0:
         # A container may have been given a part of the node.
         if not (node := _node(numa_node, root) & allowed):
-            raise MachineError(f"--numa-node {numa_node}: this process may run on no CPU of it, only on {_shown(allowed)}")
+            raise MachineError(
+                f"--numa-node {numa_node}: this process may run on no CPU of it, only on {_shown(allowed)}"
+            )
         if wanted and not wanted & node:
             raise MachineError(f"--cpus: none of them is on --numa-node {numa_node}, which has {_shown(node)}")
         wanted = wanted & node or node

@@ -216,11 +216,12 @@ class Settings:
         if not self.listen:
             raise SettingsError("--listen needs at least one address")
         for address in self.listen:
-            _check_address(address)
+            if not _is_unix(address):
+                _check_address(address, "--listen", ", or unix:/path")
         if not self.device:
             raise SettingsError("--device must name a device, such as cpu")
         if self.metrics_listen != "none":
-            _check_address(self.metrics_listen, "--metrics-listen")
+            _check_address(self.metrics_listen, "--metrics-listen", ", or none")
         for name, (least, most) in _RANGES.items():
             if not least <= getattr(self, name) <= most:
                 raise SettingsError(
@@ -256,16 +257,18 @@ class Settings:
         return cls(**values_from(cls, flags, environment))
 
 
-def _check_address(address: str, name: str = "--listen") -> None:
-    """gRPC would take a missing port for 443, and one that is too large for another one.
+def _is_unix(address: str) -> bool:
+    return address.startswith(("unix:", "unix-abstract:")) and not address.endswith(":") and address.isprintable()
+
+
+def _check_address(address: str, name: str, others: str) -> None:
+    """gRPC would take a missing port for 443, and one that is too large for another one. `others`: what else it may be.
 
     Raises:
-        SettingsError: if the address is neither host:port nor a unix socket.
+        SettingsError: if the address is not host:port.
     """
-    if address.startswith(("unix:", "unix-abstract:")) and not address.endswith(":") and address.isprintable():
-        return
     host, _, port = address.rpartition(":")
     if not host or not (port.isascii() and port.isdigit() and len(port) <= 5 and int(port) <= _MAX_PORT):
         raise SettingsError(
-            f"{name} takes host:port with a port from 0 (any that is free) to {_MAX_PORT}, or unix:/path; got {address!r}"
+            f"{name} takes host:port with a port from 0 (any that is free) to {_MAX_PORT}{others}; got {address!r}"
         )

@@ -22,7 +22,9 @@ from sidecar.vision.grid import Grid
 LANE = LaneIdentity("cpu", "fake", "nowhere", "f32")
 
 
-def description(tokens: int = 4, width: int = 8, fingerprint: str = "model", dtype: DType = DType.FLOAT32) -> Description:
+def description(
+    tokens: int = 4, width: int = 8, fingerprint: str = "model", dtype: DType = DType.FLOAT32
+) -> Description:
     return Description(grid=Grid(1, 2, 2 * tokens), tokens=tokens, width=width, dtype=dtype, fingerprint=fingerprint)
 
 
@@ -51,7 +53,7 @@ def taken_bytes(directory: Path) -> int:
     for parent, directories, files in os.walk(directory):
         for name in (*directories, *files):
             try:
-                found += os.lstat(os.path.join(parent, name)).st_blocks * 512  # noqa: PTH116, PTH118
+                found += os.lstat(os.path.join(parent, name)).st_blocks * 512  # noqa: PTH118
             except FileNotFoundError:
                 continue
     return found

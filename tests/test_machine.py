@@ -120,7 +120,9 @@ def test_the_least_quota_on_the_way_up_counts(tree: Tree, machine: str) -> None:
 
 
 def test_two_threads_of_a_core_are_one_core(tree: Tree, affinity: Callable[[set[int]], object]) -> None:
-    root = tree(siblings(cpu0="0,4", cpu1="1,5", cpu2="2,6", cpu3="3,7", cpu4="0,4", cpu5="1,5", cpu6="2,6", cpu7="3,7"))
+    root = tree(
+        siblings(cpu0="0,4", cpu1="1,5", cpu2="2,6", cpu3="3,7", cpu4="0,4", cpu5="1,5", cpu6="2,6", cpu7="3,7")
+    )
     affinity(set(range(8)))
     assert usable_cores(root) == Cores(8, 4, None)
     affinity({0, 1, 4})
@@ -228,6 +230,8 @@ print(seen == [{{{cpu}}}], usable_cores().cpus)
 
 @TWO
 def test_a_process_and_its_threads_stay_on_their_cpu() -> None:
-    done = subprocess.run([sys.executable, "-c", CHILD.format(cpu=MINE[-1])], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD.format(cpu=MINE[-1])], capture_output=True, text=True, check=True
+    )
     assert done.stdout == "True 1\n"
     assert sorted(os.sched_getaffinity(0)) == MINE

@@ -1,4 +1,4 @@
-"""The file of a stored embedding: what safetensors reads is what was written, and nothing but the embedding announced is mapped."""
+"""The file of a stored embedding: what safetensors reads is what was written, and nothing but that is mapped."""
 
 from __future__ import annotations
 
@@ -116,7 +116,9 @@ def test_what_nobody_uses_any_more_holds_neither_memory_nor_descriptors(store: P
     assert (mappings(store), descriptors()) == ([], before)
 
 
-@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "../name", "/etc", "name/", "a\0b", "naïve", "\udce9", "\ud800"])
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", "a/b", "../name", "/etc", "name/", "a\0b", "naïve", "\udce9", "\ud800"]
+)
 def test_a_name_that_is_no_plain_file_name_opens_nothing(store: Path, name: str) -> None:
     write(store)
     with pytest.raises(StoreFileError, match="must be a plain file name"):

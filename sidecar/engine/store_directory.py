@@ -114,7 +114,8 @@ class StoreDirectory:
             try:
                 self.path.rmdir()
             except OSError:
-                lock.touch(0o600)  # something had to be left, and the next sidecar must know it for a store all the same
+                # Something had to be left, and the next sidecar must know it for a store all the same.
+                lock.touch(0o600)
         os.close(self._lock)
 
     def _check_open(self) -> None:
@@ -140,7 +141,9 @@ class StoreDirectory:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise StoreError(f"--store {named} is another sidecar's; give each one a directory of its own") from None
+                raise StoreError(
+                    f"--store {named} is another sidecar's; give each one a directory of its own"
+                ) from None
             # What we have locked may have been removed since we opened it, and be nobody's lock any more.
             if os.path.samestat(os.fstat(handle), (self.path / _LOCK).lstat()):
                 failing.pop_all()

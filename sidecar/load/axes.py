@@ -64,6 +64,6 @@ def _step_at_most(value: float) -> float:
 def _steps_between(low: float, high: float) -> list[float]:
     """All steps if they are few, else the decades."""
     first, last = math.floor(math.log10(low) + 1e-9), math.ceil(math.log10(high) - 1e-9)
-    steps = _STEPS if last - first <= 3 else _STEPS[:1]
+    steps = _STEPS if last - first <= 4 else _STEPS[:1]
     every = (step * 10.0**decade for decade in range(first, last + 1) for step in steps)
     return [value for value in every if low * (1 - 1e-9) <= value <= high * (1 + 1e-9)]

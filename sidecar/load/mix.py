@@ -113,7 +113,7 @@ def zipf_shares(count: int, exponent: float) -> Shares:
 
 def cumulative(weights: Shares) -> Shares:
     """The share of all weights up to and with each, (count,): rising, and exactly 1 at the end."""
-    sums: Shares = np.cumsum(weights)
+    sums: Shares = np.cumsum(weights, dtype=np.float64)
     sums /= sums[-1]
     return sums
 

@@ -8,15 +8,16 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from html import escape
 from pathlib import Path
+from textwrap import wrap
 
 from sidecar.load.axes import Axis, linear_axis, logarithmic_axis
-from sidecar.load.report import Summary, lines
+from sidecar.load.report import Summary, lines, settings
 from sidecar.load.tally import Kind, Outcome, Tally, percentile
 
 # A dot's colour and name, in the order of the legend. Told apart also by those who see no difference of red and green.
-_STORED = "from the store"
+_ENCODED, _STORED = "encoded", "from the store"  # the two ways of being answered
 _COLOURS = {
-    "answered": "#2f6fd0",
+    _ENCODED: "#2f6fd0",
     _STORED: "#0fa3a3",
     "refused": "#e8890c",
     "expired": "#8e4ec6",
@@ -25,16 +26,18 @@ _COLOURS = {
 }
 _INK, _FAINT, _GRID = "#1b2430", "#5d6877", "#e6e9ee"
 
-_WIDTH, _HEIGHT = 1120, 660
+_WIDTH, _HEIGHT = 1120, 676
 _LEFT, _RIGHT = 84, 790  # of the dots
-_TOP, _BOTTOM = 124, 488
+_TOP, _BOTTOM = 144, 504
 _SIDE_LEFT, _SIDE_RIGHT = 812, 990  # of the distribution; its percentiles are labelled to the right
-_STRIP_TOP, _STRIP_BOTTOM = 522, 600  # of the items per second
+_STRIP_TOP, _STRIP_BOTTOM = 538, 616  # of the items per second
 _MOST_DOTS = 4000  # of a colour: more would be one blot, and megabytes
 _LEAST_MS = 0.01
-_ROWS, _COLUMNS = 46, 88  # of the histograms
+_ROWS = 46  # of the distribution
+_LEAST_COLUMNS, _MOST_COLUMNS, _ITEMS_A_COLUMN = 12, 88, 6  # of the items per second
 _PERCENTS = (50, 90, 99)
 _LABEL_HEIGHT = 15.0
+_LINE_CHARS, _MOST_LINES = 150, 2  # of the settings
 
 _STYLE = """
 text { font-family: system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; font-size: 12.5px; }
@@ -46,8 +49,8 @@ _PAGE = """<!doctype html>
 <style>
 body {{ margin: 2rem auto; max-width: 1160px; padding: 0 1rem; background: #f4f6f9; color: #1b2430; }}
 svg, pre {{ display: block; width: 100%; height: auto; box-sizing: border-box; background: #fff; border-radius: 10px;
-  box-shadow: 0 1px 3px #1b243026; }}
-pre {{ padding: 1.4rem 1.8rem; overflow-x: auto; font: 13px/1.5 ui-monospace, "DejaVu Sans Mono", monospace; }}
+  white-space: pre-wrap; box-shadow: 0 1px 3px #1b243026; }}
+pre {{ padding: 1.4rem 1.8rem; font: 13px/1.5 ui-monospace, "DejaVu Sans Mono", monospace; }}
 </style></head><body>
 {svg}
 <pre>{report}</pre>
@@ -94,21 +97,21 @@ def _title(figures: Summary) -> str:
 
 
 def _group(outcome: Outcome) -> str:
-    return _STORED if outcome.cached else str(outcome.kind)
+    if outcome.kind is Kind.ANSWERED:
+        return _STORED if outcome.cached else _ENCODED
+    return str(outcome.kind)
 
 
 def _heading(figures: Summary, groups: dict[str, list[Outcome]]) -> Iterator[str]:
-    settings = figures["settings"]
     yield _text(_LEFT, 40, _title(figures), size=21, weight=600)
-    yield _text(
-        _LEFT, 63, " · ".join(f"{name} {value}" for name, value in settings.items() if value is not None), _FAINT
-    )
+    for number, line in enumerate(wrap(", ".join(settings(figures["settings"])), _LINE_CHARS)[:_MOST_LINES]):
+        yield _text(_LEFT, 63 + 17 * number, line, _FAINT)
     x = float(_LEFT)
     for name, outcomes in groups.items():
         thinned = _thinning(outcomes)
         label = f"{name} {len(outcomes):,}" + (f" (a dot for {thinned})" if thinned > 1 else "")
-        yield f'<circle cx="{x + 5:.1f}" cy="88" r="5" fill="{_COLOURS[name]}"/>'
-        yield _text(x + 16, 92.5, label)
+        yield f'<circle cx="{x + 5:.1f}" cy="104" r="5" fill="{_COLOURS[name]}"/>'
+        yield _text(x + 16, 108.5, label)
         x += 34 + 7.0 * len(label)
 
 
@@ -140,7 +143,7 @@ def _distribution(groups: dict[str, list[Outcome]], latency: Axis) -> Iterator[s
     """How many answered items took how long, lying on its side."""
     row_height = (_BOTTOM - _TOP) / _ROWS
     piles = _piles(
-        groups, ("answered", _STORED), _ROWS, lambda one: (_BOTTOM - latency.place(one.latency_ms)) / row_height
+        groups, (_ENCODED, _STORED), _ROWS, lambda one: (_BOTTOM - latency.place(one.latency_ms)) / row_height
     )
     most = max((sum(pile.values()) for pile in piles), default=0) or 1
     for row, pile in enumerate(piles):
@@ -167,15 +170,17 @@ def _percentiles(latencies_ms: Sequence[float], latency: Axis) -> Iterator[str]:
 
 def _strip(groups: dict[str, list[Outcome]], time: Axis) -> Iterator[str]:
     """How many items ended when, and how."""
-    column_s = time.high / _COLUMNS
-    piles = _piles(groups, tuple(groups), _COLUMNS, lambda one: one.finished_s / column_s)
+    items = sum(len(outcomes) for outcomes in groups.values())
+    columns = min(max(items // _ITEMS_A_COLUMN, _LEAST_COLUMNS), _MOST_COLUMNS)
+    column_s = time.high / columns
+    piles = _piles(groups, tuple(groups), columns, lambda one: one.finished_s / column_s)
     most = max((sum(pile.values()) for pile in piles), default=0)
     rate = linear_axis(most / column_s, _STRIP_BOTTOM, _STRIP_TOP, most_ticks=3)
     for tick in rate.ticks:
         y = rate.place(tick)
         yield _line(_LEFT, y, _RIGHT, y)
         yield _text(_LEFT - 10, y + 4.5, f"{tick:,.6g}", _FAINT, anchor="end")
-    width = (_RIGHT - _LEFT) / _COLUMNS
+    width = (_RIGHT - _LEFT) / columns
     for column, pile in enumerate(piles):
         y = float(_STRIP_BOTTOM)
         for name, count in pile.items():

@@ -14,8 +14,11 @@ LATE_MS = 50.0
 Summary = dict[str, Any]
 
 
-def summary(tally: Tally, settings: Mapping[str, object], server: Mapping[str, object]) -> Summary:
-    """Plain data for JSON; counts are items, times milliseconds unless their names say otherwise."""
+def summary(tally: Tally, run: Mapping[str, object], server: Mapping[str, object]) -> Summary:
+    """Plain data for JSON, with the run's settings and the server beside it.
+
+    Counts are items, times milliseconds unless their names say otherwise.
+    """
     counts, elapsed_s = tally.counts(), tally.elapsed_s
     answered = tally.of(Kind.ANSWERED)
     stored = [outcome for outcome in answered if outcome.cached]
@@ -59,7 +62,7 @@ def summary(tally: Tally, settings: Mapping[str, object], server: Mapping[str, o
         "late_ms": _percentiles(tally.late_ms, (50, 99, 100)),
         "lanes": dict(Counter(_lane(outcome) for outcome in answered).most_common()),
         "server": dict(server),
-        "settings": dict(settings),
+        "settings": dict(run),
     }
 
 
@@ -85,7 +88,14 @@ def lines(figures: Summary) -> Iterator[str]:
     if figures["lanes"]:
         yield f"lanes      {', '.join(f'{lane} {count:,}' for lane, count in figures['lanes'].items())}"
     for name in ("server", "settings"):
-        yield f"{name:<10} {', '.join(f'{key} {value}' for key, value in figures[name].items() if value is not None)}"
+        yield f"{name:<10} {', '.join(settings(figures[name]))}"
+
+
+def settings(values: Mapping[str, object]) -> Iterator[str]:
+    """Those that are set, each as its name and value."""
+    for name, value in values.items():
+        if value is not None:
+            yield f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
 
 
 def sum_holds(figures: Summary) -> bool:

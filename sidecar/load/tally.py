@@ -92,7 +92,9 @@ class Tally:
 
     def note_error(self, error: ItemError | ClientError, arrived: float, now: float) -> None:
         cause = cause_of(error)
-        self.first_messages.setdefault(cause, error.message if not isinstance(error, ClientError) else str(error))
+        self.first_messages.setdefault(
+            cause, error.message if isinstance(error, ItemError | EncodeError) else str(error)
+        )
         kind = Kind.FAILED if isinstance(error, RequestTooLargeError) else kind_of(cause)
         self.outcomes.append(Outcome(kind, now - self.began, (now - arrived) * 1e3, cause))
 

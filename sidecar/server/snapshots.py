@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from concurrent.futures import Future
-from contextlib import suppress
+from concurrent.futures import Future, wait
 
 from sidecar.engine.status import EngineStatus
 
@@ -27,9 +26,12 @@ class LoopSnapshot:
 
     def __call__(self) -> EngineStatus:
         answer: Future[EngineStatus] = Future()
-        with suppress(RuntimeError, TimeoutError):  # RuntimeError: the loop is closed
+        try:
             self._loop.call_soon_threadsafe(self._answer, answer)
-            self._last = answer.result(self._patience_s)
+        except RuntimeError:  # the loop is closed
+            return self._last
+        if wait([answer], self._patience_s).done:
+            self._last = answer.result()
         return self._last
 
     def _answer(self, answer: Future[EngineStatus]) -> None:

@@ -86,17 +86,17 @@ def test_shows_how_the_engine_is(site: Site, page: Browser) -> None:
     assert page.text("#store-bytes") == "1.0 GB of 4.0 GB, 120 embeddings"
     assert page.text("#store-leases") == "4 leases held, 1 expired, 2 unkept"
     lane = page.text("#lanes article")
-    for words in ("openvino-cpu", "serving", "Intel(R) Xeon(R) Platinum 8481C · bf16", "75 %", "2,500 ms", "40"):
+    for words in ("openvino-cpu", "serving", "Intel(R) Xeon(R) Platinum 8481C · bf16", "75 %", "2.50 s", "40"):
         assert words in lane
     assert page.text("#no-errors") == "None since the start."
 
 
 def test_draws_the_cost_of_a_run(page: Browser) -> None:
-    assert page.run("return document.querySelectorAll('.plot circle').length") == 32
+    assert page.run("return document.querySelectorAll('.plot .sample').length") == 32
     label = page.run("return document.querySelector('.plot').getAttribute('aria-label')")
     assert label == "Cost of a run on openvino-cpu: 1,024 patches take about 440 ms; 32 runs shown"
-    far_end = "return document.querySelector('.plot .model').points[60].y"
-    near_end = "return document.querySelector('.plot .model').points[0].y"
+    far_end = "return document.querySelector('.plot polyline.model').points[60].y"
+    near_end = "return document.querySelector('.plot polyline.model').points[0].y"
     assert page.run(far_end) < page.run(near_end), "more patches must lie higher"
 
 
@@ -191,7 +191,7 @@ def test_a_server_that_still_loads_says_so(site: Site, chromium: Browser) -> Non
 def test_figures_that_are_not_numbers_leave_a_page(site: Site, page: Browser) -> None:
     cost = replace(lane_status().cost, per_pair_ms=float("nan"), samples=((1024, float("inf")),))
     site.status = engine_status(hits=0, misses=0, coalesced=0, store=None, lanes=(lane_status(cost=cost),))
-    page.wait_for("document.querySelectorAll('.plot circle').length == 0")
+    page.wait_for("document.querySelectorAll('.plot .sample').length == 0")
     assert page.text("#hit-rate") == "–"
     assert page.text("#store-bytes") == "no store on this server"
     assert page.complaints() == []

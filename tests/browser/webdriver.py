@@ -70,6 +70,7 @@ class Browser:
         """The screen's size in CSS pixels, and whether the person prefers light or dark."""
         screen = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
         self._devtools("Emulation.setDeviceMetricsOverride", screen)
+        self._devtools("Emulation.setScrollbarsHidden", {"hidden": True})
         features = [{"name": "prefers-color-scheme", "value": scheme}]
         self._devtools("Emulation.setEmulatedMedia", {"features": features})
 

@@ -1,5 +1,6 @@
 """Replies, good and bad, as both clients put them together."""
 
+import gc
 import threading
 
 import numpy as np
@@ -7,9 +8,12 @@ import pytest
 from google.protobuf.any_pb2 import Any as PackedMessage
 from google.protobuf.duration_pb2 import Duration
 from google.rpc import code_pb2, error_details_pb2, status_pb2
+from stores import descriptors, mappings
 
 from sidecar.client import Embedding, EncodeError, ItemError, ProtocolError, image_item, patches_item
 from sidecar.pb import encoder_pb2 as pb
+from sidecar.replies import Elsewhere, Replies
+from sidecar.store_file import FILE_NAME, Description, create
 from sidecar.vision.dtypes import DType, from_float32
 from sidecar.vision.grid import Grid
 
@@ -172,3 +176,119 @@ def test_patches_answered_with_another_grid_are_refused(serve, good, face):
     assert len(face.encode(address, [item(Grid(1, 4, 4))])) == 1
     with pytest.raises(ProtocolError, match=r"\(1, 2, 8\) were answered as \(1, 4, 4\)"):
         face.encode(address, [item(Grid(1, 2, 8))])
+
+
+DESCRIPTION = Description(grid=Grid(1, 4, 4), tokens=4, width=3, dtype=DType.FLOAT32, fingerprint="f1")
+
+
+def left_in(store, good, name="name", index=0, *, written=True, path=None, **fields):
+    """The answer of a server that has left its embedding, `index` and up, in a store."""
+    if written:
+        (store / name).mkdir(parents=True, exist_ok=True)
+        create(store / name / FILE_NAME, DESCRIPTION)[:] = np.arange(12, dtype="<f4").reshape(4, 3) + index
+    answer = header(good(index), **fields)[0]
+    answer.embedding.file.CopyFrom(
+        pb.File(path=path or f"{store}/{name}/{FILE_NAME}", name=name, lease="lease", lease_seconds=60)
+    )
+    return answer
+
+
+def accepted(answer, store, **bounds):
+    index, result = Replies([ITEM] * 2, store=store, **bounds).accept(answer)
+    assert index == answer.index
+    return result
+
+
+def test_an_embedding_in_our_store_is_mapped_and_not_to_be_written(tmp_path, good):
+    result = accepted(left_in(tmp_path, good, index=1, cached=True), tmp_path)
+    assert isinstance(result, Embedding)
+    assert (result.key, result.grid, result.tokens, result.width) == ("key-1", Grid(1, 4, 4), 4, 3)
+    assert (result.path, result.lease) == (tmp_path / "name" / FILE_NAME, "lease")
+    assert (result.cached, result.coalesced, result.lane.device, result.times.run_ms) == (True, False, "CPU", 3.5)
+    assert result.float32().tolist() == [[1, 2, 3], [4, 5, 6], [7, 8, 9], [10, 11, 12]]
+    with pytest.raises(ValueError, match="read-only"):
+        result.data[0, 0] = 0
+    result.path.unlink()
+    assert result.data[3, 2] == 12
+
+
+def test_mapped_embeddings_hold_nothing_once_nobody_has_them(tmp_path, good):
+    gc.collect()
+    before = descriptors()
+    results = [accepted(left_in(tmp_path, good, f"name-{number}"), tmp_path) for number in range(20)]
+    assert len(mappings(tmp_path)) == 20
+    del results
+    gc.collect()
+    assert (mappings(tmp_path), descriptors()) == ([], before)
+
+
+def test_a_file_is_an_item_answered(tmp_path, good):
+    replies = Replies([ITEM], store=tmp_path)
+    answer = left_in(tmp_path, good)
+    assert replies.accept(answer) is not None
+    replies.finish()
+    for further in (answer, good(0)[1], error(0)):
+        with pytest.raises(ProtocolError, match="item 0 was answered"):
+            replies.accept(further)
+
+
+def test_a_file_that_nobody_asked_for_is_refused(tmp_path, good):
+    with pytest.raises(ProtocolError, match="left in a file, which nobody asked for"):
+        accepted(left_in(tmp_path, good), None)
+
+
+def test_a_file_in_the_same_place_that_is_another_embedding_is_refused(tmp_path, good):
+    for fields in ({"fingerprint": "f2"}, {"dtype": pb.FLOAT16, "size_bytes": 24}, {"width": 6, "size_bytes": 96}):
+        answer = left_in(tmp_path, good, written=not (tmp_path / "name").exists(), **fields)
+        with pytest.raises(ProtocolError, match="item 0: a stored embedding is not of the grid, size, type or model"):
+            accepted(answer, tmp_path)
+
+
+@pytest.mark.parametrize("where", ["missing", "of another server", "a link", "unreadable name"])
+def test_a_file_that_is_not_in_our_store_is_elsewhere(tmp_path, good, where):
+    """On another host, or under another path in a container: the server is asked for it by name."""
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    ours.mkdir()
+    answer = left_in(theirs, good, name="x" * 300 if where == "unreadable name" else "name", written=where == "a link")
+    if where == "a link":
+        (ours / "name").symlink_to(theirs / "name")
+    if where == "of another server":
+        (ours / "name").mkdir()
+        (ours / "name" / FILE_NAME).write_bytes(b"another model's")
+    result = accepted(answer, ours)
+    assert result == Elsewhere("key-0", answer.embedding.file.name, "lease")
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "../theirs/name", "/etc", "a/b", "a\0b", "näme"])
+def test_a_name_that_leads_out_of_the_store_opens_nothing(tmp_path, good, name):
+    ours = tmp_path / "ours"
+    ours.mkdir()
+    left_in(tmp_path / "theirs", good)
+    told = left_in(tmp_path / "theirs", good, name, written=False)
+    assert accepted(told, ours) == Elsewhere("key-0", name, "lease")
+    with pytest.raises(ProtocolError, match="must be a plain file name"):
+        accepted(left_in(ours, good, name, written=False, path=str(ours / name / FILE_NAME)), ours)
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"tokens": 3, "size_bytes": 36}, "3 tokens cannot come from grid"),
+        ({"size_bytes": 47}, "size_bytes 47"),
+        ({"dtype": 99}, "unknown dtype"),
+    ],
+)
+def test_a_file_is_announced_by_the_same_rules(tmp_path, good, fields, reason):
+    with pytest.raises(ProtocolError, match=reason):
+        accepted(left_in(tmp_path, good, **fields), tmp_path)
+
+
+def test_a_file_over_the_bound_is_not_mapped(tmp_path, good):
+    with pytest.raises(ProtocolError, match="takes 47"):
+        accepted(left_in(tmp_path, good), tmp_path, max_embedding_bytes=47)
+
+
+def test_a_file_for_patches_of_another_grid_is_refused(tmp_path, good):
+    item = patches_item(np.zeros((16, 6), np.uint8), Grid(1, 2, 8), DType.UINT8)
+    with pytest.raises(ProtocolError, match=r"\(1, 2, 8\) were answered as \(1, 4, 4\)"):
+        Replies([item], store=tmp_path).accept(left_in(tmp_path, good))

@@ -89,8 +89,9 @@ def test_two_that_both_wait_differ_by_no_more_than_an_item_of_each(steps: list[t
     """The bound of start-time fair queueing, over every stretch of time in which both have something waiting."""
     queue: FairQueue[Item] = FairQueue()
     waiting: Counter[str] = Counter()
-    behind: dict[tuple[str, str], int] = {}  # what the one has had more than the other since both are waiting, at its least
-    dearest = {client: 0 for client in "abcd"}
+    # What the one has had more than the other, at its most over a stretch in which both were waiting.
+    ahead: dict[tuple[str, str], int] = {}
+    dearest = dict.fromkeys("abcd", 0)
     for number, step in enumerate([*steps, *[None] * len(steps)]):
         if step is not None:
             client, cost = step
@@ -105,13 +106,13 @@ def test_two_that_both_wait_differ_by_no_more_than_an_item_of_each(steps: list[t
             if other == client:
                 continue
             if waiting[other] and waiting[client]:
-                lead = max(0, behind.get((client, other), 0)) + cost
-                behind[client, other] = lead
-                behind[other, client] = max(0, behind.get((other, client), 0) - cost)
+                lead = max(0, ahead.get((client, other), 0)) + cost
+                ahead[client, other] = lead
+                ahead[other, client] = max(0, ahead.get((other, client), 0) - cost)
                 assert lead <= dearest[client] + dearest[other]
         waiting[client] -= 1
         if not waiting[client]:
-            behind = {pair: lead for pair, lead in behind.items() if client not in pair}
+            ahead = {pair: lead for pair, lead in ahead.items() if client not in pair}
 
 
 @given(crowd=st.integers(1, 1000), served=st.integers(0, 20), cost=COSTS, mine=COSTS)

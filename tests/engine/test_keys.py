@@ -22,7 +22,9 @@ def test_a_name_is_a_plain_file_name_whatever_the_key(key: str) -> None:
         assert re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}", name)
 
 
-@pytest.mark.parametrize("key", ["a", "img-0017.png", "A" * 128, "0" * 64, "550e8400-e29b-41d4-a716-446655440000", "key-1"])
+@pytest.mark.parametrize(
+    "key", ["a", "img-0017.png", "A" * 128, "0" * 64, "550e8400-e29b-41d4-a716-446655440000", "key-1"]
+)
 def test_a_plain_key_is_its_own_name(key: str) -> None:
     assert name_of_key(key) == key
 
@@ -30,7 +32,22 @@ def test_a_plain_key_is_its_own_name(key: str) -> None:
 @pytest.mark.parametrize(
     "key",
     [
-        *("", ".", "..", ".lock", ".draft-0", "a/b", "../x", "/etc/passwd", "a b", "a\n", "a\0", "ä", "A" * 129, "\ud800"),
+        *(
+            "",
+            ".",
+            "..",
+            ".lock",
+            ".draft-0",
+            "a/b",
+            "../x",
+            "/etc/passwd",
+            "a b",
+            "a\n",
+            "a\0",
+            "ä",
+            "A" * 129,
+            "\ud800",
+        ),
         *(f"key-{HASH}", f"bounded-{HASH}", f"content-{HASH}"),
     ],
 )
@@ -53,7 +70,12 @@ def test_no_key_stands_for_what_has_bounds_or_no_key(key: str, other: str, least
 
 
 def test_bounds_make_another_name_each() -> None:
-    names = {name_of_bounded("a", 1, 2), name_of_bounded("a", 2, 1), name_of_bounded("a", 1, 0), name_of_bounded("a, 1", 1, 2)}
+    names = {
+        name_of_bounded("a", 1, 2),
+        name_of_bounded("a", 2, 1),
+        name_of_bounded("a", 1, 0),
+        name_of_bounded("a, 1", 1, 2),
+    }
     assert len({*names, name_of_bounded("a", 12, 0)}) == 5
 
 

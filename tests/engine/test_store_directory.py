@@ -93,7 +93,9 @@ def test_a_relative_path_means_the_same_after_a_change_of_directory(
 def test_another_sidecars_store_is_refused_and_left_alone_until_it_ends(path: Path) -> None:
     with holder(path) as other:
         before = descriptors()
-        with pytest.raises(StoreError, match=f"--store {path} is another sidecar's; give each one a directory of its own"):
+        with pytest.raises(
+            StoreError, match=f"--store {path} is another sidecar's; give each one a directory of its own"
+        ):
             StoreDirectory(path)
         assert descriptors() == before
         assert names(path) == {"entry", ".draft-1"}

@@ -56,7 +56,9 @@ def png(number: int, side: int = 28) -> bytes:
 
 
 @asynccontextmanager
-async def open_clients(server: Server, count: int = 4, *, stored: bool = False) -> AsyncIterator[list[AsyncEncoderClient]]:
+async def open_clients(
+    server: Server, count: int = 4, *, stored: bool = False
+) -> AsyncIterator[list[AsyncEncoderClient]]:
     """Clients with a connection each, and to the server's fair queue each somebody else."""
     store = store_of(server) if stored else None
     async with AsyncExitStack() as stack:

@@ -47,7 +47,7 @@ def test_a_deadline_that_cannot_be_met_is_refused_at_once(server: Server) -> Non
         one_s = service_s(client, 0)
 
     async def run() -> tuple[Any, float]:
-        async with open_clients(server, 2) as (other, client):
+        async with open_clients(server, 1) as (client,):
             queue = asyncio.create_task(all_at_once([client], [slow_item(100 + i) for i in range(QUEUED)]))
             await asyncio.to_thread(
                 wait_until, "queued", lambda: engine(server)["waiting_patches"] > 4096 * (QUEUED - 2)

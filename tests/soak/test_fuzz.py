@@ -65,7 +65,9 @@ def ended() -> Counter[str]:
 def send(server: Server, ended: Counter[str], request: pytest.FixtureRequest) -> Iterator[Send]:
     """send(method, bytes) fails on a defect. After the test the server has to answer as ever."""
     with server.channel() as channel:
-        methods = {name: channel.unary_stream(f"/epd.encoder.v1.Encoder/{name}") for name in ("Encode", "Fetch", "Release")}
+        methods = {
+            name: channel.unary_stream(f"/epd.encoder.v1.Encoder/{name}") for name in ("Encode", "Fetch", "Release")
+        }
 
         def call(method: str, message: bytes) -> None:
             try:

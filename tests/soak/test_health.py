@@ -34,7 +34,9 @@ def test_check_answers_while_lanes_and_preprocessing_are_saturated(start_server:
 
     def is_saturated() -> bool:
         now = engine(server)
-        return now["waiting_items"] > 40 and now["preprocessing"] and all(lane["running_items"] for lane in now["lanes"])
+        return (
+            now["waiting_items"] > 40 and now["preprocessing"] and all(lane["running_items"] for lane in now["lanes"])
+        )
 
     # Pictures that take as long to resize as to encode, and more of them than the store answers.
     with flooded(server, [slow_item(number, 224 + 28 * (number % 8)) for number in range(20_000)], 100):

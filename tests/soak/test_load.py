@@ -8,7 +8,6 @@ from collections import Counter
 
 import numpy as np
 import pytest
-
 from load import (
     QUICK,
     REFUSALS,
@@ -100,8 +99,8 @@ def test_memory_stays_flat_over_10000_requests(server: Server) -> None:
     rest = asyncio.run(run(numbers[2000:]))
     wait_until("idle", lambda: is_idle(server))
     after = memory_bytes(server)
-    print(f"\n{REQUESTS} requests: {dict(first + rest)}; resident MB own and shared: after 2000 {_mb(before)}, ", end="")
-    print(f"after {REQUESTS} {_mb(after)}, grown by {after[0] / before[0] - 1:.1%}", end="")
+    print(f"\n{REQUESTS} requests: {dict(first + rest)}; resident MB own and shared: ", end="")
+    print(f"after 2000 {_mb(before)}, after {REQUESTS} {_mb(after)}, grown by {after[0] / before[0] - 1:.1%}", end="")
     assert (first + rest) == {"embedding": REQUESTS}
     assert after[0] < 1.05 * before[0]
     assert after[1] <= max(1.05 * before[1], before[1] + (1 << 20))

@@ -80,10 +80,10 @@ class Meter(threading.Thread):
 
     def _count(self) -> dict[str, tuple[int, int]]:
         found = {}
-        for child in os.listdir(self._store):
+        for child in self._store.iterdir():
             with suppress(FileNotFoundError, NotADirectoryError):
-                file = os.stat(f"{self._store}/{child}/{FILE_NAME}")
-                found[child] = (file.st_ino, file.st_blocks * 512)
+                file = (child / FILE_NAME).stat()
+                found[child.name] = (file.st_ino, file.st_blocks * 512)
         return found
 
 
@@ -108,8 +108,8 @@ def test_a_file_system_smaller_than_the_store_fails_no_request(start_server: Sta
             pass
     full = load(server, 1000, 200)
     store = engine(server)["store"]
-    print(f"\n1 MB file system: {dict(ended)}, {evicted['evictions']} evictions; filled by another: {dict(full)}, ", end="")
-    print(f"{store['unkept']} sent inline", end="")
+    print(f"\n1 MB file system: {dict(ended)}, {evicted['evictions']} evictions; ", end="")
+    print(f"filled by another: {dict(full)}, {store['unkept']} sent inline", end="")
     assert ended == full == {"embedding": 200}
     assert evicted["evictions"] > 0
     with server.client() as client:
