@@ -102,6 +102,9 @@ def failure_of(error: grpc.RpcError) -> ClientError:
     if status is not None:
         return item_error(status).as_exception()
     code, message = call.code().name, call.details() or "no reason given"
+    # Whoever cancels its own call gets no error of gRPC's; a server does this to calls that reach it in its last moment.
+    if code == "CANCELLED":
+        return EncodeError("UNAVAILABLE", f"the call was ended before it was taken up: {message}")
     # gRPC reports both limits with one code, and only its words, which give both sizes, tell which side refused.
     if code == "RESOURCE_EXHAUSTED" and "message larger than max" in message:
         if "CLIENT:" in message:

@@ -18,7 +18,7 @@ import asyncio
 import os
 import time
 from collections.abc import AsyncGenerator, Generator, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, cast
@@ -108,6 +108,7 @@ class EncoderClient:
         self._stub = _EncoderStub(channel)
         self._health = _HealthStub(channel)
         self._max_embedding_bytes = max_embedding_bytes
+        self._releasing: set[Any] = set()
 
     def encode(self, items: Sequence[Item], timeout_s: float | None = None, *, hold: bool = False) -> list[Result]:
         """Encode items in one call; the results are in the items' order.
@@ -169,8 +170,10 @@ class EncoderClient:
                     method, request = self._stub.Fetch, exchange.finish()
             finally:
                 if (leases := exchange.to_release()) is not None:
-                    # Nobody waits for it: what is mapped stays mapped, and a lease that is not given back expires.
-                    self._stub.Release.future(leases, timeout=RELEASE_S, metadata=self._metadata)
+                    # Only `close` waits for it: what is mapped stays mapped, and a lease that is not given back expires.
+                    releasing = self._stub.Release.future(leases, timeout=RELEASE_S, metadata=self._metadata)
+                    self._releasing.add(releasing)
+                    releasing.add_done_callback(self._releasing.discard)
 
     def encode_image(
         self,
@@ -221,6 +224,9 @@ class EncoderClient:
 
     def close(self) -> None:
         """Close the channel if this client opened it; calls under way are cancelled."""
+        for releasing in list(self._releasing):
+            with suppress(grpc.RpcError, grpc.FutureTimeoutError, grpc.FutureCancelledError):
+                releasing.result(RELEASE_S)
         if self._owned is not None:
             self._owned.close()
 
@@ -262,6 +268,7 @@ class AsyncEncoderClient:
         self._stub = _EncoderStub(channel)
         self._health = _HealthStub(channel)
         self._max_embedding_bytes = max_embedding_bytes
+        self._releasing: set[Any] = set()
 
     async def encode(
         self, items: Sequence[Item], timeout_s: float | None = None, *, hold: bool = False
@@ -311,8 +318,10 @@ class AsyncEncoderClient:
                     method, request = self._stub.Fetch, exchange.finish()
             finally:
                 if (leases := exchange.to_release()) is not None:
-                    # It begins by being called, and nobody waits for its end.
-                    self._stub.Release(leases, timeout=RELEASE_S, metadata=self._metadata)
+                    # It begins by being called, and only `close` waits for its end.
+                    releasing = self._stub.Release(leases, timeout=RELEASE_S, metadata=self._metadata)
+                    self._releasing.add(releasing)
+                    releasing.add_done_callback(self._releasing.discard)
 
     async def encode_image(
         self,
@@ -347,6 +356,9 @@ class AsyncEncoderClient:
 
     async def close(self) -> None:
         """As `EncoderClient.close`."""
+        for releasing in list(self._releasing):
+            with suppress(grpc.RpcError, asyncio.CancelledError):
+                await releasing
         if self._owned is not None:
             await self._owned.close(None)
 

@@ -159,13 +159,13 @@ def _add_mix_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--zipf",
         metavar="S",
-        type=_exponent,
+        type=exponent,
         help="draw the picture of rank r in proportion to 1/r^S (default: 0, evenly)",
     )
     group.add_argument(
         "--seed",
         metavar="N",
-        type=_seed,
+        type=whole_number,
         help="the same requests again (default: others each time, and the report has it)",
     )
 
@@ -178,7 +178,7 @@ def _add_patience_arguments(group: argparse._ArgumentGroup) -> None:
         help="for each request; of two, each request's is drawn evenly over their orders of magnitude (default: 120)",
     )
     group.add_argument(
-        "--cancel-fraction", metavar="F", type=_fraction, default=0.0, help="cancel these, 0…1 (default: 0)"
+        "--cancel-fraction", metavar="F", type=fraction, default=0.0, help="cancel these, 0…1 (default: 0)"
     )
     group.add_argument(
         "--cancel-within", metavar="SECONDS", type=positive_float, default=1.0, help="at a random time (default: 1)"
@@ -204,21 +204,21 @@ def _parsed_by(parse: Callable[[str], _Parsed]) -> Callable[[str], _Parsed]:
     return parsed
 
 
-def _fraction(text: str) -> float:
+def fraction(text: str) -> float:
     number = float(text)
     if not 0 <= number <= 1:
         raise argparse.ArgumentTypeError(f"must be from 0 to 1, got {text}")
     return number
 
 
-def _exponent(text: str) -> float:
+def exponent(text: str) -> float:
     number = float(text)
     if not 0 <= number < math.inf:
         raise argparse.ArgumentTypeError(f"must be at least 0, got {text}")
     return number
 
 
-def _seed(text: str) -> int:
+def whole_number(text: str) -> int:
     number = int(text)
     if number < 0:
         raise argparse.ArgumentTypeError(f"must be at least 0, got {text}")

@@ -38,8 +38,10 @@ logger = logging.getLogger(__name__)
 # Run once each before a lane is ready, the smallest first: a whole window, ragged ones, and sizes to fit the cost to.
 _WARM_UP_TOKENS = ((4, 4), (5, 6), (8, 8), (16, 16), (32, 32))
 _LEAST_WARM_UP = 3
-# Items share a run while its fixed cost is more than this part of it.
+# Items share a run while its fixed cost is more than this part of it, by measure; and never more than so many, since eight
+# already save seven eighths of what sharing can, and each makes the others wait.
 _WORTHWHILE = 0.1
+_MOST_SHARED = 8
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 60.0
 
 
@@ -276,7 +278,8 @@ class Lane:
             return True  # it is the first, or nobody wants it and it is skipped
         together = _total(run) + more.work
         return (
-            together.patches <= self._batch_patches
+            len(run) < _MOST_SHARED
+            and together.patches <= self._batch_patches
             and self.cost.fixed_ms > _WORTHWHILE * self.cost.ms(together)
             and first.values.dtype == more.patches.values.dtype
         )

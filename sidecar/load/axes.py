@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 _STEPS = (1, 2, 5)  # of every decade, as on rulers
+_NOTHING = 1e-9  # an axis that would end below has no values on it, and ends at 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +36,7 @@ class Axis:
 
 def linear_axis(high: float, start: float, end: float, *, most_ticks: int, round_up: bool = True) -> Axis:
     """From 0 to `high`, or to the next tick above it, in steps of 1, 2 or 5 times a power of ten."""
-    high = high if high > 0 else 1.0
+    high = high if high > _NOTHING else 1.0
     step = _step_at_least(high / most_ticks)
     high = math.ceil(high / step - 1e-9) * step if round_up else high
     ticks = [index * step for index in range(math.floor(high / step + 1e-9) + 1)]

@@ -114,11 +114,15 @@ def photo_like(size: Size, seed: int) -> Rgb:
 
 
 def with_bar_code(edge: Rgb, number: int) -> Rgb:
-    """The edge of a picture, (rows, width, 3), behind its number in base 8, lowest digit left, three colours to a digit."""
+    """The edge of a picture, (rows, width, 3), its lower half behind the number in base 8: lowest digit left, and to each
+    digit a colour of red, green and blue fully on or off. The upper half stays, for where the edge is all that there is.
+    """
     digits = number >> 3 * np.arange(_BARS)
     colours = (digits[:, None] >> np.arange(3) & 1).astype(np.uint8) * 255
     columns = np.arange(edge.shape[1]) * _BARS // edge.shape[1]
-    return np.broadcast_to(colours[columns], edge.shape)
+    coded = edge.copy()
+    coded[len(edge) // 2 :] = colours[columns]
+    return coded
 
 
 def _jpeg(picture: Rgb) -> bytes:

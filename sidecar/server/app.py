@@ -168,9 +168,9 @@ class _App:
     async def _finished(self) -> None:
         """Return once everything accepted is answered and no lease is held: a lease's holder has yet to map the file."""
         await self._calls.finished()
-        while self._store and self._store.leased():  # noqa: ASYNC110  # they end by expiring, which nothing tells
+        while self._store and self._store.leased():  # they end by expiring too, which nothing tells
             await asyncio.sleep(_LOOK_S)
-        await self._calls.finished()  # who fetched meanwhile
+            await self._calls.finished()  # who fetched meanwhile may have been given another
 
     async def _watch_lanes(self) -> None:
         while True:

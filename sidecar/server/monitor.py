@@ -222,7 +222,7 @@ def _encoder(accept: str) -> tuple[Callable[[Any], bytes], str]:
     """prometheus_client's choice. It quotes the caller's version in the content type and fails on some."""
     try:
         return choose_encoder(" ".join(accept.split()))
-    except ValueError:
+    except (TypeError, ValueError):
         return choose_encoder("")
 
 

@@ -44,6 +44,7 @@ class Reloader:
         self._failed = failed
         self._asked = asyncio.Event()
         self._seen = self._seal()
+        self._retiring: set[asyncio.Task[None]] = set()
 
     def ask(self) -> None:
         """Reload, whether the artifact is another one or not."""
@@ -72,9 +73,16 @@ class Reloader:
             return
         old = self._service.model
         if model.scheduler.store is not None:
-            model.scheduler.store.turn_over(model.fingerprint)
+            # Gigabytes may go. What the old model still finishes meanwhile is sent inline.
+            await asyncio.to_thread(model.scheduler.store.turn_over, model.fingerprint)
         self._service.model = model
         logger.info("serving %s in the place of %s", model.fingerprint[:16], old.fingerprint[:16])
+        # Beside whatever comes next: a caller who does not read its answers may keep the old model for long.
+        retiring = asyncio.create_task(self._retire(old))
+        self._retiring.add(retiring)
+        retiring.add_done_callback(self._retiring.discard)
+
+    async def _retire(self, old: Model) -> None:
         await self._calls.ended(old)
         await asyncio.to_thread(old.scheduler.close)
         logger.info("the lanes of %s are closed", old.fingerprint[:16])

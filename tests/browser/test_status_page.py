@@ -118,7 +118,9 @@ def test_counts_stages_refusals_and_errors(site: Site, page: Browser) -> None:
 
 def test_new_values_show_without_a_reload(site: Site, page: Browser) -> None:
     page.run("window.kept = true")
-    site.status = engine_status(waiting_patches=60_000, lanes=(lane_status(busy=0.2), lane_status("onnx-cpu", busy=0.9)))
+    site.status = engine_status(
+        waiting_patches=60_000, lanes=(lane_status(busy=0.2), lane_status("onnx-cpu", busy=0.9))
+    )
     page.wait_for("document.querySelectorAll('#lanes article').length == 2")
     assert page.text("#queue-patches") == "60,000"
     assert page.run("return document.querySelector('#patches-bar').dataset.state") == "warn"
@@ -209,6 +211,7 @@ def test_fits_every_screen_and_can_be_read_in_light_and_dark(
     if PICTURES:
         page.wait_for("past.length > 6", 15)
         page.screenshot(Path(PICTURES) / f"status-{width}-{scheme}.png")
+    assert page.run(_OVERLAPS) == []
     for low, words in page.run(_CONTRASTS):
         assert low >= 4.5, f"{words!r} has a contrast of {low:.2f} to 1"
 
@@ -223,13 +226,27 @@ def busy_site(site: Site) -> None:
             site.metrics.answered(reason, "")
     site.metrics.error("INVALID_ITEM", "image: cannot identify the format of the picture")
     for _ in range(4):
-        site.metrics.error("LANE_FAULT", "openvino-gpu: the runtime failed on a run of 4,096 patches; the item may be sent again")
+        site.metrics.error(
+            "LANE_FAULT", "openvino-gpu: the runtime failed on a run of 4,096 patches; the item may be sent again"
+        )
     gpu = lane_status(
         "openvino-gpu", device="Intel(R) Arc(TM) A770", precision="f16", state="out", streams=1, busy=0.0,
         running_items=0, backlog_ms=0.0, failures=4, last_error="CL_OUT_OF_RESOURCES while running the graph",
     )  # fmt: skip
     site.status = engine_status(lanes=(lane_status(), gpu))
 
+
+# Words in a plot that lie over each other.
+_OVERLAPS = """
+    const found = [];
+    for (const plot of document.querySelectorAll('.plot')) {
+      const words = [...plot.querySelectorAll('text')].map((node) => [node.textContent, node.getBoundingClientRect()]);
+      words.forEach(([one, a], i) => words.slice(i + 1).forEach(([other, b]) => {
+        if (a.left < b.right && b.left < a.right && a.top < b.bottom && b.top < a.bottom) found.push([one, other]);
+      }));
+    }
+    return found;
+"""
 
 # The WCAG contrast of every visible piece of text to the nearest opaque background behind it.
 _CONTRASTS = """

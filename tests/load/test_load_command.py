@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -38,12 +39,11 @@ def begin(server: Server, *flags: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def wait_for_calls(server: Server, count: int) -> None:
-    """Until the server has answered so many calls."""
-    with server.log.open() as log:
-        seen = 0
-        while seen < count:
-            seen += "encode items=" in log.readline()
+def wait_for_calls(server: Server, count: int, process: subprocess.Popen[str]) -> None:
+    """Until the server has answered so many."""
+    while server.log.read_text().count("method=Encode") < count:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
 
 
 @pytest.mark.parametrize("picture_format", FORMATS)
@@ -96,8 +96,8 @@ def test_an_overloaded_server_refuses_and_is_asked_again_if_told_to(load, start_
 
 def test_a_server_that_dies_fails_items_and_the_sum_still_holds(start_server) -> None:
     victim = start_server("--threads", "1")
-    process = begin(victim, "--requests", "200", "--concurrency", "4", "--size", "112x112")
-    wait_for_calls(victim, 3)
+    process = begin(victim, "--requests", "120", "--concurrency", "4", "--size", "448x448")
+    wait_for_calls(victim, 3, process)
     victim.process.kill()
     out, err = process.communicate(timeout=60)
     figures = json.loads(out)
@@ -110,7 +110,7 @@ def test_a_server_that_dies_fails_items_and_the_sum_still_holds(start_server) ->
 def test_ctrl_c_reports_what_was_sent_until_then(start_server) -> None:
     own = start_server("--threads", "1")
     process = begin(own, "--requests", "1000000", "--concurrency", "3", "--size", "112x112")
-    wait_for_calls(own, 5)
+    wait_for_calls(own, 5, process)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130, err

@@ -84,7 +84,8 @@ def test_1000_requests_with_cancellations_and_deadlines_leave_nothing_behind(ser
         assert client.encode_image(png(7, 56), timeout_s=30).tokens
 
 
-def test_memory_stays_flat_over_10000_requests(server: Server) -> None:
+def test_memory_stays_flat_over_10000_requests(start_server: StartServer) -> None:
+    server = start_server(*QUICK, "--store-bytes", "4000000")
     # Zipf over 4000 pictures, of which the store holds a few hundred: some are hits and most come back after an eviction.
     numbers = np.random.default_rng(0).zipf(1.2, REQUESTS) % 4000
 
