@@ -52,7 +52,7 @@ test-soak: $(READY)
 # Debian's browser and its driver, where they are missing; elsewhere install chromium and chromedriver by hand.
 test-browser: $(READY)
 	command -v chromedriver >/dev/null || apt-get install --yes --no-install-recommends chromium chromium-driver
-	$(BIN)/python -m pytest tests/browser
+	$(BIN)/python -m pytest tests/monitoring/test_status_page.py
 
 # transformers' other processor. Its torchvision is a CUDA build, so it lies beside the environment and not in it.
 test-torchvision: $(READY)

@@ -17,6 +17,8 @@ ALLOWED = {
     "sidecar/vision/": (),
     "sidecar/runtimes/": ("sidecar.vision",),
     "sidecar/engine/": ("sidecar.runtimes", "sidecar.store_file", "sidecar.vision", "sidecar.errors"),
+    "sidecar/monitoring/": ("sidecar.engine", "sidecar.__version__"),
+    "sidecar/urls/": ("sidecar.errors",),
     "sidecar/server/": ("sidecar",),
     "sidecar/commands/serve.py": ("sidecar",),
     "sidecar/commands/health.py": ("sidecar.commands", "sidecar.credentials"),
@@ -53,9 +55,9 @@ HEAVY = {
     "dynamo": (),
     "openvino": ("sidecar/runtimes/openvino.py", "sidecar/runtimes/optimum.py", "export/"),
     "onnxruntime": ("sidecar/runtimes/onnx.py",),
-    "prometheus_client": ("sidecar/server/metrics.py", "sidecar/server/gauges.py", "sidecar/server/monitor.py"),
-    "aiohttp": ("sidecar/server/addresses.py", "sidecar/server/urls.py"),
-    "opentelemetry": ("sidecar/server/tracing.py",),
+    "prometheus_client": ("sidecar/monitoring/",),
+    "aiohttp": ("sidecar/urls/",),
+    "opentelemetry": ("sidecar/monitoring/tracing.py",),
 }
 
 

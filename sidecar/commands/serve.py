@@ -28,10 +28,10 @@ def run(options: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     # The other commands import neither the engine nor a runtime.
     from sidecar.machine import MachineError
+    from sidecar.monitoring.request_log import configure_logging
     from sidecar.server.app import serve
-    from sidecar.server.request_log import configure_logging
     from sidecar.server.security import SecurityError
-    from sidecar.server.urls import UrlsUnavailable
+    from sidecar.urls.fetcher import UrlsUnavailable
 
     try:
         settings = Settings.from_sources(vars(options))

@@ -22,22 +22,22 @@ from sidecar.engine.scheduler import Limits, Scheduler
 from sidecar.engine.store import Store, default_capacity
 from sidecar.engine.store_directory import StoreDirectory
 from sidecar.machine import pin, usable_cores
+from sidecar.monitoring.metrics import Metrics
+from sidecar.monitoring.monitor import Monitor
+from sidecar.monitoring.snapshots import LoopSnapshot
+from sidecar.monitoring.tracing import Tracing
 from sidecar.server import health
 from sidecar.server.calls import Calls
 from sidecar.server.contents import Preprocessor
 from sidecar.server.listening import bind, is_local
 from sidecar.server.loading import choose_variant, load_lanes, open_for
-from sidecar.server.metrics import Metrics
 from sidecar.server.model import Model, describe
-from sidecar.server.monitor import Monitor
 from sidecar.server.orders import Orders
 from sidecar.server.reload import Reloader
 from sidecar.server.security import BearerTokens, TokenInterceptor, server_credentials
 from sidecar.server.service import SERVICE, EncoderService
-from sidecar.server.snapshots import LoopSnapshot
-from sidecar.server.tracing import Tracing
-from sidecar.server.urls import UrlFetcher
 from sidecar.settings import Settings
+from sidecar.urls.fetcher import UrlFetcher
 
 logger = logging.getLogger(__name__)
 

@@ -17,12 +17,12 @@ from grpc_status import rpc_status
 from sidecar.engine.observer import StageTimes
 from sidecar.engine.scheduler import Encoded
 from sidecar.errors import EncoderError, Fault, Overloaded, fault_of
+from sidecar.monitoring.metrics import EMBEDDING, Metrics
+from sidecar.monitoring.request_log import RequestRecord
+from sidecar.monitoring.tracing import RequestSpan, Tracing
 from sidecar.server.callers import Caller, Metadata, caller_of
 from sidecar.server.load_report import METADATA_KEY, load_report
-from sidecar.server.metrics import EMBEDDING, Metrics
 from sidecar.server.model import Model
-from sidecar.server.request_log import RequestRecord
-from sidecar.server.tracing import RequestSpan, Tracing
 
 logger = logging.getLogger(__name__)
 

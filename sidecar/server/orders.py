@@ -20,7 +20,7 @@ QUICK_BYTES = 1 << 17
 
 
 class Fetcher(Protocol):
-    """What `sidecar.server.urls` provides."""
+    """What `sidecar.urls.fetcher` provides."""
 
     async def fetch(self, url: str, timeout_s: float | None) -> bytes: ...
 

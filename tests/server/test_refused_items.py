@@ -128,7 +128,10 @@ CASES: dict[str, tuple[pb.Item, tuple[str, ...]]] = {
         ("single_slice is for images", "t = 1", "(2, 4, 6)"),
     ),
     "a whole patch sent as one slice": (patches(single_slice=True), ("24 patches of 588", "28224")),
-    "a key of 70 kB": (pb.Item(key="k" * 70_000, image=GOOD.image), ("over 65536 bytes", "send a hash instead", "hash")),
+    "a key of 70 kB": (
+        pb.Item(key="k" * 70_000, image=GOOD.image),
+        ("over 65536 bytes", "send a hash instead", "hash"),
+    ),
 } | {
     f"{value} in {dtype}": (spoilt(value, dtype), ("must be finite", "0…255"))
     for value in (np.nan, np.inf, -np.inf)

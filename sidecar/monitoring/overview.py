@@ -11,8 +11,8 @@ from typing import Any
 
 from sidecar import __version__
 from sidecar.engine.status import EngineStatus
-from sidecar.server.metrics import EMBEDDING, Metrics
-from sidecar.server.recent import WINDOW_S
+from sidecar.monitoring.metrics import EMBEDDING, Metrics
+from sidecar.monitoring.recent import WINDOW_S
 
 
 def overview(metrics: Metrics, *, healthy: bool) -> bytes:

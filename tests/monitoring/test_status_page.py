@@ -14,8 +14,8 @@ from webdriver import Browser, browser
 
 from sidecar.engine.observer import StageTimes
 from sidecar.engine.status import EngineStatus
-from sidecar.server.metrics import Metrics
-from sidecar.server.monitor import Monitor
+from sidecar.monitoring.metrics import Metrics
+from sidecar.monitoring.monitor import Monitor
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "server"))
 from engine_fakes import engine_status, lane_status

@@ -18,9 +18,9 @@ import pytest
 import trustme
 
 from sidecar.errors import EncoderError, TooLarge, UrlRefused, UrlUnreachable
-from sidecar.server.addresses import is_public
-from sidecar.server.url_forms import decode_data_url
-from sidecar.server.urls import UrlFetcher, UrlsUnavailable
+from sidecar.urls.addresses import is_public
+from sidecar.urls.fetcher import UrlFetcher, UrlsUnavailable
+from sidecar.urls.forms import decode_data_url
 
 JPEG = b"\xff\xd8\xff\xe0" + bytes(range(200))
 PNG = b"\x89PNG\r\n\x1a\n" + bytes(100)
@@ -579,7 +579,7 @@ def test_a_data_url_may_be_as_large_as_a_download_and_no_larger() -> None:
 
 
 def test_without_the_extra_the_server_imports_and_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    code = "import sidecar.server.urls, sys; print('aiohttp' in sys.modules)"
+    code = "import sidecar.urls.fetcher, sys; print('aiohttp' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
     monkeypatch.setitem(sys.modules, "aiohttp", None)

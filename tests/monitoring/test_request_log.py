@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sidecar.engine.observer import StageTimes
-from sidecar.server.request_log import (
+from sidecar.monitoring.request_log import (
     LOG_FORMATS,
     JsonFormatter,
     LogFormat,

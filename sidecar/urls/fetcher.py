@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from sidecar.errors import TooLarge, UrlRefused, UrlUnreachable
-from sidecar.server.addresses import Lookup, PublicResolver, is_public
-from sidecar.server.url_forms import (
+from sidecar.urls.addresses import Lookup, PublicResolver, is_public
+from sidecar.urls.forms import (
     HTTPS_PORT,
     LONGEST_SIGNATURE_BYTES,
     Target,

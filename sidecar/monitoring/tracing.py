@@ -21,7 +21,7 @@ import grpc
 
 from sidecar import __version__
 from sidecar.engine.observer import StageTimes
-from sidecar.server.recent import STAGES
+from sidecar.monitoring.recent import STAGES
 
 if TYPE_CHECKING:
     from opentelemetry.context import Context

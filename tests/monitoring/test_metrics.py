@@ -17,10 +17,10 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from sidecar.engine.observer import StageTimes
 from sidecar.engine.status import EngineStatus
-from sidecar.server.metrics import OTHER, Metrics
-from sidecar.server.overview import overview
-from sidecar.server.recent import WINDOW_S, Recent
-from sidecar.server.snapshots import LoopSnapshot
+from sidecar.monitoring.metrics import OTHER, Metrics
+from sidecar.monitoring.overview import overview
+from sidecar.monitoring.recent import WINDOW_S, Recent
+from sidecar.monitoring.snapshots import LoopSnapshot
 
 DOCS = Path(__file__).parents[2] / "docs" / "metrics.md"
 TIMES = StageTimes(decode_ms=10.0, preprocess_ms=5.0, queue_ms=20.0, run_ms=400.0)

@@ -25,8 +25,8 @@ from typing import Any, Self
 
 from prometheus_client.exposition import choose_encoder
 
-from sidecar.server.metrics import Metrics
-from sidecar.server.overview import overview
+from sidecar.monitoring.metrics import Metrics
+from sidecar.monitoring.overview import overview
 
 logger = logging.getLogger(__name__)
 
@@ -228,7 +228,7 @@ def _encoder(accept: str) -> tuple[Callable[[Any], bytes], str]:
 
 def _page() -> tuple[bytes, str]:
     """The status page, and the policy under which a browser runs nothing in it but its own script and style."""
-    page = (files("sidecar.server") / "page.html").read_bytes()
+    page = (files("sidecar.monitoring") / "page.html").read_bytes()
 
     def hashed(tag: bytes) -> str:
         (content,) = re.findall(rb"<%b>(.*?)</%b>" % (tag, tag), page, re.DOTALL)

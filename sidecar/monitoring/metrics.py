@@ -13,8 +13,8 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessColl
 
 from sidecar.engine.observer import Observer, StageTimes
 from sidecar.engine.status import EngineStatus
-from sidecar.server.gauges import EngineCollector
-from sidecar.server.recent import STAGES, Recent
+from sidecar.monitoring.gauges import EngineCollector
+from sidecar.monitoring.recent import STAGES, Recent
 
 EMBEDDING = "embedding"
 
@@ -61,7 +61,7 @@ class Metrics(Observer):
         ProcessCollector(registry=self.registry)
 
     def watch(self, snapshot: Callable[[], EngineStatus]) -> None:
-        """The engine is there. `snapshot` is called from any thread: see `sidecar.server.snapshots.LoopSnapshot`."""
+        """The engine is there. `snapshot` is called from any thread: see `sidecar.monitoring.snapshots.LoopSnapshot`."""
         self._snapshot = snapshot
 
     def status(self) -> EngineStatus | None:
