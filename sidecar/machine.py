@@ -6,6 +6,7 @@ threads then wait for a whole scheduler period in the middle of every parallel l
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
 from collections.abc import Iterable
@@ -16,6 +17,7 @@ from pathlib import Path
 from sidecar.flags import cpu_list
 
 _ROOT = Path("/")
+_M_ARENA_MAX = -8
 
 
 class MachineError(ValueError):
@@ -85,6 +87,19 @@ def _shown(cpus: Iterable[int]) -> str:
         else:
             runs.append([cpu])
     return ",".join("-".join(map(str, run)) for run in runs)
+
+
+def share_heap() -> None:
+    """One heap for all threads instead of one for each: what one thread frees, the next run can have (mallopt(3)). To be called
+    before there are threads."""
+    with suppress(OSError, AttributeError):  # another C library has no such function
+        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)
+
+
+def return_freed_memory() -> None:
+    """Give back what was freed and lies in holes between what was not: glibc keeps it, and runs of every size leave many."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _physical(cpus: Iterable[int], root: Path) -> int:

@@ -46,8 +46,8 @@ class Work:
 NOTHING = Work(0, 0.0)
 
 
-# Parts of the curve by their place in it, the simplest first. The one without a part that grows comes last: where runs were all of
-# one size, it would explain them as well, and make larger ones look free.
+# Parts of the curve by their place in it, the simplest first. The one without a part that grows comes last: where runs were all
+# of one size it would explain them as well, and make larger ones look free.
 _CHOICES = ([1], [2], [0, 1], [0, 2], [1, 2], [0, 1, 2], [0])
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import openvino as ov
 
+from sidecar.runtimes import CACHED_PRIMITIVES
 from sidecar.runtimes.base import Load, Runtime, RuntimeFault
 from sidecar.vision.dtypes import Array, DType
 from sidecar.vision.grid import Grid
@@ -92,6 +93,8 @@ def compile_options(load: Load) -> dict[str, Any]:
         "INFERENCE_PRECISION_HINT": _INFERENCE_PRECISION[load.precision],
         "DYNAMIC_QUANTIZATION_GROUP_SIZE": DYNAMIC_QUANTISATION_GROUP if load.precision == "int8" else 0,
     }
+    if openvino_device(load.device) == "CPU":
+        options["CPU_RUNTIME_CACHE_CAPACITY"] = CACHED_PRIMITIVES
     if load.streams > 1:
         options |= {"PERFORMANCE_HINT": "THROUGHPUT", "NUM_STREAMS": load.streams}
     if load.threads:

@@ -21,7 +21,7 @@ from sidecar.artifact import Artifact
 from sidecar.engine.scheduler import Limits, Scheduler
 from sidecar.engine.store import Store, default_capacity
 from sidecar.engine.store_directory import StoreDirectory
-from sidecar.machine import pin, usable_cores
+from sidecar.machine import pin, return_freed_memory, share_heap, usable_cores
 from sidecar.monitoring.metrics import Metrics
 from sidecar.monitoring.monitor import Monitor
 from sidecar.monitoring.snapshots import LoopSnapshot
@@ -46,6 +46,7 @@ _LAST_RUN_S = 1.0
 # What is still open once all work is done: streams of reflection, connections.
 _LAST_STREAMS_S = 1.0
 _LOOK_S = 0.1
+_TRIM_S = 5.0
 _PREPROCESS = "preprocess"
 # A thread that computes in Python gives way to the event loop this often; the interpreter's own 5 ms would show in health checks.
 _SWITCH_INTERVAL_S = 0.0005
@@ -62,6 +63,7 @@ async def serve(settings: Settings) -> bool:
     """
     started = time.perf_counter()
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
+    share_heap()
     pin(settings.cpus, settings.numa_node)
     async with AsyncExitStack() as resources:
         app = _App(settings, resources)
@@ -145,7 +147,7 @@ class _App:
             watch=settings.watch_artifact,
             failed=lambda why: self._metrics.error("RELOAD", why),
         )
-        async with _background(self._reloader.run(), self._watch_lanes(), self._metrics.watch_loop()):
+        async with _background(self._reloader.run(), self._watch_lanes(), self._metrics.watch_loop(), _trim()):
             await self._stopping.wait()
         logger.info("draining for at most %g s", settings.drain_seconds)
         until = time.monotonic() + settings.drain_seconds
@@ -239,6 +241,12 @@ class _App:
             self._store.close()
         logging.shutdown()
         os._exit(1)
+
+
+async def _trim() -> None:
+    while True:
+        await asyncio.sleep(_TRIM_S)
+        await asyncio.to_thread(return_freed_memory)
 
 
 @asynccontextmanager

@@ -76,7 +76,7 @@ class _FramePlan:
     columns: Index
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=64)
 def _frame_plan(h: int, w: int, merge: int, window_side: int) -> _FramePlan:
     token_h, token_w, unit = h // merge, w // merge, merge * merge
     tokens = np.arange(token_h * token_w, dtype=np.int32).reshape(token_h, token_w)

@@ -13,9 +13,9 @@ from hashlib import sha256
 import pytest
 from engine_fakes import engine_status
 
+from sidecar.monitoring import monitor as module
 from sidecar.monitoring.metrics import Metrics
 from sidecar.monitoring.monitor import MOST_CONNECTIONS, Monitor, parse_address
-from sidecar.server import monitor as module
 
 PATHS = ("/", "/metrics", "/status.json", "/healthz")
 

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import os
 import shutil
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
+from engine_fakes import engine_status, lane_status
 from webdriver import Browser, browser
 
 from sidecar.engine.observer import StageTimes
 from sidecar.engine.status import EngineStatus
 from sidecar.monitoring.metrics import Metrics
 from sidecar.monitoring.monitor import Monitor
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "server"))
-from engine_fakes import engine_status, lane_status
 
 pytestmark = pytest.mark.skipif(not shutil.which("chromedriver"), reason="no chromedriver: make test-browser")
 
