@@ -44,6 +44,7 @@ def refusal(artifact: Path, capsys: pytest.CaptureFixture[str]) -> Refusal:
 
     def refuse(*flags: str) -> str:
         always = ["serve", "--artifact", str(artifact), "--listen", "127.0.0.1:0", "--cache-dir", "none"]
+        always += ["--store", "none", "--log-level", "warning"]
         # If it serves after all, it is told to stop, and returns 0.
         interrupt = threading.Timer(20, os.kill, [os.getpid(), signal.SIGINT])
         interrupt.start()
@@ -268,5 +269,5 @@ def test_another_variant_below_its_bar_is_no_obstacle(artifact: Path) -> None:
 
     resealed(artifact, spoil_accuracy(cosine_min=BELOW))
     opened: Artifact = open_artifact(artifact)
-    chosen = choose_variant(opened, Settings(artifact=artifact, precision="bf16"))
+    chosen = choose_variant(opened, "cpu", Settings(artifact=artifact, precision="bf16"))
     assert chosen.name == "openvino/bf16"
