@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
@@ -93,9 +94,12 @@ class Scheduler:
         self._jobs: dict[str, _Job] = {}
         self._queue: FairQueue[_Job] = FairQueue()
         self._accepted = NOTHING
-        self._turned_items = self._turned_patches = self._preparing = 0
-        # Enough that a lane finds its next run ready, and no more: what has had its turn can no longer be overtaken.
+        # Of orders between their turn and their answer. Enough that a lane finds its next run ready, and no more: what has had its
+        # turn can no longer be overtaken. Nor may more of them be unprepared than there are threads, and one in reserve.
+        self._turned: Counter[str] = Counter()  # by client
+        self._turned_patches = self._unprepared = 0
         self._least_turned = preprocess_threads + 2 * sum(lane.streams for lane in lanes)
+        self._most_unprepared = preprocess_threads + 1
         self._hits = self._misses = self._coalesced = 0
         self._closing = False
 
@@ -146,7 +150,7 @@ class Scheduler:
             max_items=self._limits.items,
             max_patches=self._limits.patches,
             clients=self._queue.clients,
-            preprocessing=self._preparing,
+            preprocessing=self._unprepared,
             hits=self._hits,
             misses=self._misses,
             coalesced=self._coalesced,
@@ -213,14 +217,12 @@ class Scheduler:
         self._accepted += job.work
         try:
             await self._wait_for_turn(job)
+            turn_ms = (time.monotonic() - arrived) * 1e3
             try:
-                turn_ms = (time.monotonic() - arrived) * 1e3
                 prepared, waited_ms = await self._prepare(opened)
                 lane, ran = await self._run(job, prepared)
             finally:
-                self._turned_items -= 1
-                self._turned_patches -= job.work.patches
-                self._give_turns()
+                self._end_turn(job)
         finally:
             self._accepted -= job.work
         times = StageTimes(
@@ -260,31 +262,45 @@ class Scheduler:
         except asyncio.CancelledError:
             if not self._queue.remove(job.order.client, job):
                 # It was its turn in this very moment.
-                self._turned_items -= 1
-                self._turned_patches -= job.work.patches
-                self._give_turns()
+                self._unprepared -= 1
+                self._end_turn(job)
             raise
 
+    def _end_turn(self, job: _Job) -> None:
+        client = job.order.client
+        self._turned[client] -= 1
+        if not self._turned[client]:
+            del self._turned[client]
+        self._turned_patches -= job.work.patches
+        self._give_turns()
+
     def _give_turns(self) -> None:
-        most_patches = 2 * sum(lane.run_patches * lane.streams for lane in self.lanes)
-        while self._turned_items < self._least_turned or self._turned_patches < most_patches:
-            job = self._queue.pop()
-            if job is None:
-                return
-            self._turned_items += 1
+        while self._unprepared < self._most_unprepared and (job := self._queue.pop(self._has_room)) is not None:
+            self._turned[job.order.client] += 1
             self._turned_patches += job.work.patches
+            self._unprepared += 1
             assert job.turn is not None
             if not job.turn.done():
                 job.turn.set_result(None)
 
+    def _has_room(self, job: _Job) -> bool:
+        """Whether an order may be prepared already. A client that has none on its way to a lane is not to wait for those of
+        others to get there."""
+        most_patches = 2 * sum(lane.run_patches * lane.streams for lane in self.lanes)
+        return (
+            self._turned.total() < self._least_turned
+            or self._turned_patches < most_patches
+            or job.order.client not in self._turned
+        )
+
     async def _prepare(self, opened: Opened) -> tuple[Prepared, float]:
         """On a preprocessing thread; also returns the milliseconds that it waited for one."""
         asked = time.monotonic()
-        self._preparing += 1
         try:
             prepared = await asyncio.get_running_loop().run_in_executor(self._preprocessing, opened.prepare)
         finally:
-            self._preparing -= 1
+            self._unprepared -= 1
+            self._give_turns()
         waited_ms = (time.monotonic() - asked) * 1e3 - prepared.decode_ms - prepared.preprocess_ms
         return prepared, max(0.0, waited_ms)
 
@@ -341,7 +357,7 @@ class Scheduler:
         share = patches / max(1, self._accepted.patches)
         ahead = Work(patches, self._accepted.pairs * share)
         own_ms = min(lane.cost.ms(job.work) for lane in self.lanes if not lane.out_for_s)
-        return self._wait_s(ahead, len(self._queue) + self._turned_items) + own_ms / 1e3
+        return self._wait_s(ahead, len(self._queue) + self._turned.total()) + own_ms / 1e3
 
     def _wait_s(self, work: Work, items: int) -> float:
         """Until so much has run, on all lanes in service together."""

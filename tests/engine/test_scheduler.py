@@ -93,7 +93,7 @@ def value_of(encoded: Encoded) -> int:
 def nothing_left(scheduler: Scheduler) -> bool:
     status = scheduler.status()
     lanes = sum(lane.waiting_items + lane.running_items + lane.waiting_patches for lane in status.lanes)
-    turned = scheduler._turned_items + scheduler._turned_patches
+    turned = scheduler._turned.total() + scheduler._turned_patches + scheduler._unprepared
     return (status.waiting_items, status.waiting_patches, status.clients, lanes, turned) == (0, 0, 0, 0, 0)
 
 
