@@ -94,8 +94,8 @@ class Scheduler:
         self._jobs: dict[str, _Job] = {}
         self._queue: FairQueue[_Job] = FairQueue()
         self._accepted = NOTHING
-        # Of orders between their turn and their answer. Enough that a lane finds its next run ready, and no more: what has had its
-        # turn can no longer be overtaken. Nor may more of them be unprepared than there are threads, and one in reserve.
+        # Of orders between their turn and their answer. Enough that a lane finds its next run ready, and no more: what has had
+        # its turn can no longer be overtaken. Nor may more of them be unprepared than there are threads, and one in reserve.
         self._turned: Counter[str] = Counter()  # by client
         self._turned_patches = self._unprepared = 0
         self._least_turned = preprocess_threads + 2 * sum(lane.streams for lane in lanes)
