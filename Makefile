@@ -4,9 +4,6 @@ MODEL ?= random:toy
 OUT ?= artifacts/$(subst /,--,$(subst :,-,$(MODEL)))
 FORMAT ?= openvino
 PRECISION ?= bf16,int8
-LISTEN ?= 127.0.0.1:50051
-DEVICE ?= cpu
-METRICS ?= none
 DOCKER ?= docker
 TAG ?= epd-encoder-sidecar:latest
 EXTRAS ?=
@@ -21,7 +18,7 @@ help:
 	@echo "make demo              a toy checkpoint becomes an artifact, is served, and encodes real photos"
 	@echo "make test              the tests, under 5 minutes"
 	@echo "make export MODEL=…    a checkpoint's vision tower becomes the artifact OUT=$(OUT)"
-	@echo "make serve MODEL=…     serve it on LISTEN=$(LISTEN); further flags in ARGS='--precision int8 …'"
+	@echo "make serve MODEL=…     serve it; LISTEN=host:port DEVICE=… METRICS=host:port, further flags in ARGS='--precision int8 …'"
 	@echo "make test-browser      the status page in a real browser"
 	@echo "make test-slow         the tests at real size"
 	@echo "make test-soak         the promises under load, faults and hostile input; 8 minutes, a line of figures each"
@@ -66,7 +63,9 @@ export: $(READY)
 	$(BIN)/python -m export --model '$(MODEL)' --out '$(OUT)' --format '$(FORMAT)' --precision '$(PRECISION)'
 
 serve: $(READY)
-	$(BIN)/python -m sidecar serve --artifact '$(OUT)' --listen '$(LISTEN)' --device '$(DEVICE)' --metrics-listen '$(METRICS)' $(ARGS)
+	@test -d '$(OUT)' || { echo "there is no $(OUT): first make export MODEL=$(MODEL), or serve make demo's with OUT=demo/artifact" >&2; exit 2; }
+	$(BIN)/python -m sidecar serve --artifact '$(OUT)' $(if $(LISTEN),--listen '$(LISTEN)') $(if $(DEVICE),--device '$(DEVICE)') \
+	  $(if $(METRICS),--metrics-listen '$(METRICS)') $(ARGS)
 
 # optimum-intel's own environment. It brings torchvision, whose CUDA build does not load beside a CPU torch and then keeps
 # transformers from loading; nothing here needs it.

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from importlib import import_module
 
 from sidecar import __version__
+
+# gRPC's C core writes lines of its own to stderr, in the middle of ours.
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 COMMANDS = ("serve", "encode", "info", "health", "load")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal, Self
 
@@ -19,6 +19,7 @@ from sidecar.flags import (
     path_or_none,
     setting,
     values_from,
+    variables_of,
     whole,
     words,
 )
@@ -244,6 +245,12 @@ class Settings:
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
         """One flag for each field."""
         add_arguments(cls, parser)
+
+    @staticmethod
+    def unknown_variables(environment: Mapping[str, str] = os.environ) -> list[str]:
+        """Variables that look like settings and are none: mistyped, most likely."""
+        known = {name for one in fields(Settings) for name in variables_of(one)} | {"EPD_SERVER"}
+        return sorted(name for name in environment if name.startswith("EPD_") and name not in known)
 
     @classmethod
     def from_sources(

@@ -51,7 +51,11 @@ def print_error(message: str) -> None:
 
 
 def print_no_server(address: str, error: EncodeError) -> None:
-    print_error(f"no encoder sidecar answers at {address}: {error.message}")
+    if error.details:  # one did
+        print_error(f"{address}: {error}")
+        return
+    hint = " (it closed the connection: does it want TLS, --tls-ca?)" if "Socket closed" in error.message else ""
+    print_error(f"no encoder sidecar answers at {address}: {error.message}{hint}")
 
 
 def printable(text: str) -> str:

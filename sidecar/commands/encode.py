@@ -239,6 +239,7 @@ def _report(one: _Encoded, as_json: bool) -> None:
             "preprocess_ms": times.preprocess_ms,
             "queue_ms": times.queue_ms,
             "run_ms": times.run_ms,
+            "cached": embedding.cached,
             "runtime": lane.runtime,
             "device": lane.device,
             "precision": lane.precision,
@@ -247,7 +248,10 @@ def _report(one: _Encoded, as_json: bool) -> None:
         print(json.dumps(values), flush=True)
         return
     grid = "×".join(str(side) for side in embedding.grid)
-    stages = f"preprocess {times.preprocess_ms:.1f}, queue {times.queue_ms:.1f}, run {times.run_ms:.1f}"
+    stages = f"decode {times.decode_ms:.1f}, preprocess {times.preprocess_ms:.1f}, queue {times.queue_ms:.1f}, "
+    stages += f"run {times.run_ms:.1f}"
+    if embedding.cached:
+        stages = "from the store"
     print(
         f"{one.photo.name}: grid {grid}, {embedding.tokens} tokens × {embedding.width} {embedding.dtype}, "
         f"{one.round_trip_ms:.1f} ms ({stages}) on {lane.runtime}/{lane.device}/{lane.precision}",

@@ -25,7 +25,9 @@ def run(options: argparse.Namespace) -> int:
     """Serve until told to stop. 0 after a drain, 1 if a run outlasted it, 2 if the settings, the artifact or an
     address will not do."""
     # As a container's first process it has no default handlers: until the server has its own, SIGTERM would be lost.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: sys.exit(0))
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     # The other commands import neither the engine nor a runtime.
     from sidecar.machine import MachineError
     from sidecar.monitoring.request_log import configure_logging
@@ -36,6 +38,8 @@ def run(options: argparse.Namespace) -> int:
     try:
         settings = Settings.from_sources(vars(options))
         configure_logging(settings.log_level, settings.log_format)
+        if unknown := Settings.unknown_variables():
+            logging.getLogger(__name__).warning("no setting has these variables: %s", ", ".join(unknown))
         drained = asyncio.run(serve(settings))
     except (
         *(ArtifactError, MachineError, OSError, RuntimeFault),

@@ -20,6 +20,7 @@ from sidecar.vision.grid import Grid
 _SAMPLES = 128
 _REFIT_EVERY = 8
 _KEPT_ANCHORS = 16
+_MOST_SURPRISE = 4.0
 # A new sample outweighs an old one of the same size by so much for each sample that came between.
 _FORGETTING = 0.97
 
@@ -67,6 +68,10 @@ class CostModel:
 
     def learn(self, work: Work, ms: float) -> None:
         """Learn from a run under load."""
+        # The first run at a new size sets things up and may take ten times as long. A lane that really has become so slow is
+        # believed a step at a time.
+        if (expected := self.ms(work)) > 0:
+            ms = min(ms, _MOST_SURPRISE * expected)
         self._recent.append((work, ms))
         self._since_fit += 1
         if self._since_fit >= _REFIT_EVERY:

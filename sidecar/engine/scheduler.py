@@ -188,8 +188,6 @@ class Scheduler:
         job.task = asyncio.create_task(self._carry_out(job))
         job.task.add_done_callback(lambda task: self._end(job))
         self._jobs[order.name] = job
-        self._misses += 1
-        self._observer.miss()
         return job
 
     def _end(self, job: _Job) -> None:
@@ -214,6 +212,8 @@ class Scheduler:
         opened = await job.order.open()
         job.work = Work.of([opened.grid])
         self._admit(job)
+        self._misses += 1
+        self._observer.miss()
         self._accepted += job.work
         try:
             await self._wait_for_turn(job)

@@ -67,7 +67,7 @@ class StoreStatus:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineStatus:
-    """`waiting_…`: accepted and not yet running, of at most `max_…`. `clients`: how many of them are waiting."""
+    """`waiting_…`: under way, from admission to answer, of at most `max_…`. `clients`: how many of them wait for a turn."""
 
     fingerprint: str
     waiting_items: int

@@ -39,10 +39,12 @@ class EngineCollector(Collector):
 
 
 def _queue(status: EngineStatus) -> Iterator[Metric]:
-    yield _gauge("queue_items", "Items accepted and not yet running.", status.waiting_items)
-    yield _gauge("queue_items_limit", "Items that may wait before new ones are refused.", status.max_items)
+    yield _gauge("queue_items", "Items under way, from admission to answer.", status.waiting_items)
+    yield _gauge("queue_items_limit", "Items that may be under way before new ones are refused.", status.max_items)
     yield _gauge("queue_patches", "Patches of the items that wait.", status.waiting_patches)
-    yield _gauge("queue_patches_limit", "Patches that may wait before new ones are refused.", status.max_patches)
+    yield _gauge(
+        "queue_patches_limit", "Patches that may be under way before new ones are refused.", status.max_patches
+    )
     yield _gauge("clients_waiting", "Clients with items that wait.", status.clients)
     yield _gauge("preprocessing_items", "Items being decoded or cut into patches.", status.preprocessing)
 

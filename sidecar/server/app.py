@@ -47,6 +47,7 @@ _LAST_RUN_S = 1.0
 _LAST_STREAMS_S = 1.0
 _LOOK_S = 0.1
 _TRIM_S = 5.0
+_ONE_WISH_S = 0.3
 _PREPROCESS = "preprocess"
 # A thread that computes in Python gives way to the event loop this often; the interpreter's own 5 ms would show in health checks.
 _SWITCH_INTERVAL_S = 0.0005
@@ -71,6 +72,8 @@ async def serve(settings: Settings) -> bool:
             app.listen()
         )  # before the graph is loaded, which may take a minute: an address in use shows at once
         await app.load()
+        if app.told_to_stop:
+            return app.close()
         app.answer(server)
         await server.start()
         logger.info("ready on %s after %.1f s", ", ".join(addresses), time.perf_counter() - started)
@@ -84,6 +87,7 @@ class _App:
         self._settings = settings
         self._resources = resources
         self._stopping = asyncio.Event()
+        self._stopped_at = 0.0
         self._store: Store | None = None
         self._reloader: Reloader | None = None
         loop = asyncio.get_running_loop()
@@ -106,9 +110,19 @@ class _App:
         self._opening = ThreadPoolExecutor(1, thread_name_prefix=_PREPROCESS + "-open")
         self._health = health.HealthService([SERVICE])
 
+    @property
+    def told_to_stop(self) -> bool:
+        return self._stopping.is_set()
+
+    def close(self) -> bool:
+        """End what was loaded and never served."""
+        closed = self._service.model.scheduler.close(_LAST_RUN_S)
+        logger.info("stopped before it was ready")
+        return closed
+
     def listen(self) -> tuple[grpc.aio.Server, list[str]]:
         settings = self._settings
-        interceptors = [TokenInterceptor(self._tokens)] if self._tokens else []
+        interceptors = [TokenInterceptor(self._tokens, self._calls.turned_away)] if self._tokens else []
         server = grpc.aio.server(interceptors=interceptors, options=_options(settings))
         credentials = None
         if settings.tls_cert and settings.tls_key:
@@ -170,6 +184,8 @@ class _App:
     async def _finished(self) -> None:
         """Return once everything accepted is answered and no lease is held: a lease's holder has yet to map the file."""
         await self._calls.finished()
+        if self._store and (leased := self._store.leased()):
+            logger.info("waiting for %d leases to be released or to expire", leased)
         while self._store and self._store.leased():  # they end by expiring too, which nothing tells
             await asyncio.sleep(_LOOK_S)
             await self._calls.finished()  # who fetched meanwhile may have been given another
@@ -233,8 +249,15 @@ class _App:
             self._reloader.ask()
 
     def _stop(self) -> None:
+        now = time.monotonic()
         if not self._stopping.is_set():
             self._stopping.set()
+            self._stopped_at = now
+            if self._reloader is None:
+                logger.info("told to stop while loading")
+            return
+        # A shell, make and timeout(1) pass one and the same wish on to the process and to its group.
+        if now - self._stopped_at < _ONE_WISH_S:
             return
         logger.warning("told to stop a second time: stopping at once")
         if self._store:

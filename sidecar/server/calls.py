@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 _SERVICE = "epd.encoder.v1.Encoder"
 _NO_TIME = StageTimes()
+_MOST_METHOD = 100
 # Faults of this server, as against what a caller did or may try again.
 _OURS = ("INTERNAL", "LANE_FAULT", "NO_LANE")
 
@@ -111,6 +112,14 @@ class Calls:
         self._ended = asyncio.Event()
         self._tracing = tracing
         self._name_of = name_of
+
+    def turned_away(self, method: str, peer: str) -> None:
+        """A call had no token of this server's, and was never begun."""
+        code = grpc.StatusCode.UNAUTHENTICATED.name
+        # What it asked for is its own invention.
+        RequestRecord(method=method[:_MOST_METHOD], peer=peer, code=code).log(logger)
+        self.metrics.refused(code)
+        self.metrics.request("other", code, 0.0)
 
     @contextmanager
     def begin(self, method: str, context: Any, bytes_in: int, model: Model) -> Iterator[Call]:

@@ -76,7 +76,10 @@ class Reloader:
             # Gigabytes may go. What the old model still finishes meanwhile is sent inline.
             await asyncio.to_thread(model.scheduler.store.turn_over, model.fingerprint)
         self._service.model = model
-        logger.info("serving %s in the place of %s", model.fingerprint[:16], old.fingerprint[:16])
+        if model.fingerprint == old.fingerprint:
+            logger.info("loaded %s anew: equal weights, and what is stored stays", model.fingerprint[:16])
+        else:
+            logger.info("serving %s in the place of %s", model.fingerprint[:16], old.fingerprint[:16])
         # Beside whatever comes next: a caller who does not read its answers may keep the old model for long.
         retiring = asyncio.create_task(self._retire(old))
         self._retiring.add(retiring)
@@ -85,7 +88,7 @@ class Reloader:
     async def _retire(self, old: Model) -> None:
         await self._calls.ended(old)
         await asyncio.to_thread(old.scheduler.close)
-        logger.info("the lanes of %s are closed", old.fingerprint[:16])
+        logger.info("the lanes loaded before, of %s, are closed", old.fingerprint[:16])
 
     def _seal(self) -> bytes | None:
         try:

@@ -99,8 +99,10 @@ class BearerTokens:
 class TokenInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in the stubs alone
     """Answers calls without a token of this server's with UNAUTHENTICATED, unread; grpc.health.v1 needs none."""
 
-    def __init__(self, tokens: BearerTokens) -> None:
+    def __init__(self, tokens: BearerTokens, refused: Callable[[str, str], None] = lambda method, peer: None) -> None:
+        """`refused` is told of each call that is turned away: its method and the caller's address."""
         self._tokens = tokens
+        self._refused = refused
 
     async def intercept_service(
         self, continuation: _Continuation, handler_call_details: grpc.HandlerCallDetails
@@ -109,13 +111,16 @@ class TokenInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  #
         if handler_call_details.method.startswith(_HEALTH) or self._tokens.name_of(metadata) is not None:
             return await continuation(handler_call_details)
         # Of all kinds of handler this one alone waits for no message, and callers of every kind understand its answer.
-        return grpc.stream_stream_rpc_method_handler(_refuse)
+        method = handler_call_details.method
 
+        async def refuse(requests: AsyncIterator[bytes], context: grpc.aio.ServicerContext[Any, Any]) -> None:
+            self._refused(method, context.peer())
+            sent = any(key == "authorization" for key, _ in context.invocation_metadata() or ())
+            message = "the token is not one of this server's" if sent else "this server wants a token with each call"
+            advice = "send the metadata `authorization: Bearer TOKEN` (commands: --token-file)"
+            await context.abort(grpc.StatusCode.UNAUTHENTICATED, f"{message}: {advice}")
 
-async def _refuse(requests: AsyncIterator[bytes], context: grpc.aio.ServicerContext[Any, Any]) -> None:
-    sent = any(key == "authorization" for key, _ in context.invocation_metadata() or ())
-    message = "the token is not one of this server's" if sent else "this server wants a token with each call"
-    await context.abort(grpc.StatusCode.UNAUTHENTICATED, f"{message}: send the metadata `authorization: Bearer TOKEN`")
+        return grpc.stream_stream_rpc_method_handler(refuse)
 
 
 class _Reloaded(Generic[_Value]):

@@ -76,7 +76,7 @@ def test_each_photo_gets_a_line(server, capsys):
     assert run("encode", ASTRONAUT, CAT, "--server", server.address, "--min-pixels", 784, "--max-pixels", 999999) == 0
     first, second = capsys.readouterr().out.splitlines()
     assert first.startswith("astronaut-512x512.jpg: grid 1×36×36, 324 tokens × 6 bfloat16, ")
-    assert first.endswith(" ms (preprocess 1.5, queue 2.5, run 3.5) on openvino/CPU/int8")
+    assert first.endswith(" ms (decode 0.0, preprocess 1.5, queue 2.5, run 3.5) on openvino/CPU/int8")
     assert second.startswith("cat-451x300.png: grid 1×20×32, 160 tokens")
     assert [(r.items[0].min_pixels, r.items[0].max_pixels) for r in server.requests] == [(784, 999999)] * 2
 

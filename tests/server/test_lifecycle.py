@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -238,3 +239,48 @@ def test_a_call_beyond_what_may_be_held_is_told_to_come_back(
         assert refused.value.retry_delay_s == 1.0
         assert isinstance(work.result(60)[0], Embedding)
         assert isinstance(client.encode([slow()], 60)[0], Embedding), "what was held was not given back"
+
+
+def test_a_wish_to_stop_that_comes_twice_at_once_is_one(start_server: StartServer) -> None:
+    """As `timeout` and a shell send it: to the process and to its group."""
+    server = start_server("--threads", "1")
+    for _ in range(2):
+        server.process.send_signal(signal.SIGTERM)
+        time.sleep(0.01)
+    assert server.process.wait(60) == 0
+    assert server.log.read_text().endswith("stopped\n")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_told_to_stop_while_it_loads_it_never_says_that_it_is_ready(
+    toy_artifact: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    process, log = spawn(toy_artifact, tmp_path, listen=f"unix:{tmp_path / 'sock'}")
+    ends = time.monotonic() + 30
+    while "this process has" not in log.read_text():
+        assert process.poll() is None and time.monotonic() < ends
+        time.sleep(0.005)
+    process.send_signal(number)
+    assert exit_code(process) == 0
+    assert "told to stop while loading" in log.read_text() and "ready on" not in log.read_text()
+
+
+def test_a_mistyped_variable_is_told() -> None:
+    from sidecar.settings import Settings
+
+    environment = {"EPD_TOKEN_FIEL": "tokens", "EPD_PRECISION": "bf16", "EPD_SERVER": "x", "PATH": "", "EPD_": "1"}
+    assert Settings.unknown_variables(environment) == ["EPD_", "EPD_TOKEN_FIEL"]
+
+
+def test_calls_without_a_token_are_seen(start_server: StartServer, tmp_path: Path) -> None:
+    tokens = tmp_path / "tokens"
+    tokens.write_text("mine:0123456789abcdef\n")
+    tokens.chmod(0o600)
+    server = start_server("--token-file", str(tokens), "--threads", "1")
+    with server.client() as stranger, EncoderClient(server.address, token="0123456789abcdef") as known:
+        with pytest.raises(EncodeError, match="UNAUTHENTICATED.*wants a token"):
+            stranger.info(timeout_s=20)
+        assert known.info(timeout_s=20)
+    log = server.log.read_text()
+    assert "method=/epd.encoder.v1.Encoder/Info" in log and "code=UNAUTHENTICATED" in log
+    assert "0123456789abcdef" not in log and 'client="token mine"' in log
