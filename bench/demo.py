@@ -77,7 +77,9 @@ def main() -> int:
     if checkpoint.random_weights:
         print("\nThe weights are random: the cosines show that the arithmetic is right, the pictures that order and")
         print("orientation are. `make export MODEL=Qwen/Qwen2.5-VL-3B-Instruct` exports trained ones.")
-        print("`make serve OUT=demo/artifact METRICS=127.0.0.1:9464` serves this one, with a status page at that address.")
+        print(
+            "`make serve OUT=demo/artifact METRICS=127.0.0.1:9464` serves this one, with a status page at that address."
+        )
     return 0
 
 
