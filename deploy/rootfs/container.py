@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
@@ -92,5 +94,9 @@ class Container:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._process.kill()  # with --kill-child, all of it
+        # By itself: becoming the image's user took from it what --kill-child had asked of the kernel (prctl(2), PR_SET_PDEATHSIG).
+        if (pid := self.pid) is not None:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self._process.kill()
         self._process.wait()
