@@ -94,7 +94,7 @@ class Container:
         return self
 
     def __exit__(self, *_: object) -> None:
-        # By itself: becoming the image's user took from it what --kill-child had asked of the kernel (prctl(2), PR_SET_PDEATHSIG).
+        # By itself: becoming the image's user took from it what --kill-child had asked of the kernel (PR_SET_PDEATHSIG).
         if (pid := self.pid) is not None:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
