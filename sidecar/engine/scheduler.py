@@ -33,6 +33,8 @@ from sidecar.vision.spec import TowerSpec
 # What one order's content or deadline may be the cause of, so that another order of the same name may fare better.
 _ITS_OWN_FAULT = (InvalidItem, PixelError, GridError, CannotFinish)
 _UNKNOWN_WAIT_S = 1.0
+# So many times a limit is where clients that have nothing under way are refused too.
+_NEWCOMERS = 2
 _NO_TIME = StageTimes()
 
 
@@ -63,6 +65,7 @@ class _Job:
 
     order: Order
     deadline: float
+    client: str  # whose share it takes: that of whoever asked first, or of one who joined and is served sooner
     waiters: int = 0
     work: Work = NOTHING
     turn: asyncio.Future[None] | None = None
@@ -92,6 +95,7 @@ class Scheduler:
         self._limits = limits
         self._observer = observer or Observer()
         self._jobs: dict[str, _Job] = {}
+        self._clients: Counter[str] = Counter()  # jobs of each
         self._queue: FairQueue[_Job] = FairQueue()
         self._accepted = NOTHING
         # Of orders between their turn and their answer. Enough that a lane finds its next run ready, and no more: what has had
@@ -132,6 +136,7 @@ class Scheduler:
                 job = self._begin(order)
             else:
                 job.deadline = max(job.deadline, order.deadline)
+                self._hasten(job, order.client)
                 self._coalesced += 1
                 self._observer.coalesced()
             try:
@@ -179,12 +184,15 @@ class Scheduler:
         if self._closing:
             raise ShuttingDown("this server is shutting down; send the item to another one")
         self._check_in_service()
-        if len(self._jobs) >= self._limits.items:
+        # One more for a client that has nothing under way: nobody fills the queue for the others.
+        most = self._limits.items * (1 if self._clients[order.client] else _NEWCOMERS)
+        if len(self._jobs) >= most:
             raise Overloaded(
                 f"{len(self._jobs)} items are waiting, which is the limit",
                 retry_after_s=self._wait_s(self._accepted, 1),
             )
-        job = _Job(order, order.deadline)
+        job = _Job(order, order.deadline, order.client)
+        self._clients[job.client] += 1
         job.task = asyncio.create_task(self._carry_out(job))
         job.task.add_done_callback(lambda task: self._end(job))
         self._jobs[order.name] = job
@@ -193,6 +201,7 @@ class Scheduler:
     def _end(self, job: _Job) -> None:
         if self._jobs.get(job.order.name) is job:
             del self._jobs[job.order.name]
+        self._count_out(self._clients, job.client)
         if not job.task.cancelled():
             job.task.exception()  # whoever waits raises it; if nobody does any more, nobody is to be warned
 
@@ -241,7 +250,8 @@ class Scheduler:
         """Refuse now what would wait in vain."""
         self._check_in_service()
         patches, waiting = job.work.patches, self._accepted.patches
-        if waiting and waiting + patches > self._limits.patches:
+        most = self._limits.patches * (1 if self._clients[job.client] > 1 else _NEWCOMERS)
+        if waiting and waiting + patches > most:
             excess = min(waiting, waiting + patches - self._limits.patches)
             raise Overloaded(
                 f"{waiting} patches are waiting, this item has {patches}, the limit is {self._limits.patches}",
@@ -255,28 +265,43 @@ class Scheduler:
 
     async def _wait_for_turn(self, job: _Job) -> None:
         turn = job.turn = asyncio.get_running_loop().create_future()
-        self._queue.push(job.order.client, job, job.work.patches)
+        self._queue.push(job.client, job, job.work.patches)
         self._give_turns()
         try:
             await turn
         except asyncio.CancelledError:
-            if not self._queue.remove(job.order.client, job):
+            if not self._queue.remove(job.client, job):
                 # It was its turn in this very moment.
                 self._unprepared -= 1
                 self._end_turn(job)
             raise
 
     def _end_turn(self, job: _Job) -> None:
-        client = job.order.client
-        self._turned[client] -= 1
-        if not self._turned[client]:
-            del self._turned[client]
+        self._count_out(self._turned, job.client)
         self._turned_patches -= job.work.patches
         self._give_turns()
 
+    def _hasten(self, job: _Job, client: str) -> None:
+        """Let a job that waits for its turn wait in the place of a client who joined it, if that comes sooner."""
+        cost = job.work.patches
+        if client == job.client or self._queue.ahead_of(client, cost) >= self._queue.ahead_of(job.client, cost):
+            return
+        if self._queue.remove(job.client, job):
+            self._count_out(self._clients, job.client)
+            self._clients[client] += 1
+            job.client = client
+            self._queue.push(client, job, cost)
+            self._give_turns()
+
+    @staticmethod
+    def _count_out(counter: Counter[str], client: str) -> None:
+        counter[client] -= 1
+        if not counter[client]:
+            del counter[client]
+
     def _give_turns(self) -> None:
         while self._unprepared < self._most_unprepared and (job := self._queue.pop(self._has_room)) is not None:
-            self._turned[job.order.client] += 1
+            self._turned[job.client] += 1
             self._turned_patches += job.work.patches
             self._unprepared += 1
             assert job.turn is not None
@@ -290,7 +315,7 @@ class Scheduler:
         return (
             self._turned.total() < self._least_turned
             or self._turned_patches < most_patches
-            or job.order.client not in self._turned
+            or job.client not in self._turned
         )
 
     async def _prepare(self, opened: Opened) -> tuple[Prepared, float]:
@@ -312,7 +337,7 @@ class Scheduler:
             try:
                 return lane, await lane.encode(
                     prepared.patches,
-                    job.order.client,
+                    job.client,
                     lambda: job.deadline,
                     lambda lane=lane: self._draft(job, lane, prepared),  # type: ignore[misc]
                 )
@@ -352,7 +377,7 @@ class Scheduler:
 
     def _finish_s(self, job: _Job) -> float:
         """About how long a new job will take, given what has its turn before it."""
-        queued = self._queue.ahead_of(job.order.client, job.work.patches)
+        queued = self._queue.ahead_of(job.client, job.work.patches)
         patches = round(queued) + self._turned_patches
         share = patches / max(1, self._accepted.patches)
         ahead = Work(patches, self._accepted.pairs * share)

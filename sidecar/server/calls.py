@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 _SERVICE = "epd.encoder.v1.Encoder"
 _NO_TIME = StageTimes()
 _MOST_METHOD = 100
+# So many times the limit is where clients that hold nothing are refused too.
+_NEWCOMERS = 2
 # Faults of this server, as against what a caller did or may try again.
 _OURS = ("INTERNAL", "LANE_FAULT", "NO_LANE")
 
@@ -53,14 +55,18 @@ class Call:
             Overloaded: if the calls in hand hold too much. One alone passes, whatever its size.
         """
         held, most = self.calls.held_bytes, self.calls.max_held_bytes
+        # One more for a client that holds nothing: nobody takes all of it from the others.
+        most *= 1 if self.calls.held_by[self.caller.client] else _NEWCOMERS
         if held and held + size > most:
-            raise Overloaded(f"calls in hand hold {held} bytes, the limit is {most}", retry_after_s=1.0)
+            limit = self.calls.max_held_bytes
+            raise Overloaded(f"calls in hand hold {held} bytes, the limit is {limit}", retry_after_s=1.0)
         self.hold(size)
 
     def hold(self, size: int) -> None:
         """Hold an embedding's bytes until the call is over."""
         self.held_bytes += size
         self.calls.held_bytes += size
+        self.calls.held_by[self.caller.client] += size
 
     async def abort(self, error: EncoderError) -> NoReturn:
         """End the call with an error."""
@@ -108,6 +114,7 @@ class Calls:
         self.metrics = metrics
         self.max_held_bytes = max_held_bytes
         self.held_bytes = 0
+        self.held_by: Counter[str] = Counter()  # by client
         self._under_way: Counter[Model] = Counter()
         self._ended = asyncio.Event()
         self._tracing = tracing
@@ -150,6 +157,9 @@ class Calls:
                     del self._under_way[model]
                 self._ended.set()
                 self.held_bytes -= call.held_bytes
+                self.held_by[caller.client] -= call.held_bytes
+                if not self.held_by[caller.client]:
+                    del self.held_by[caller.client]
                 record.ms = (time.perf_counter() - started) * 1e3
                 record.log(logger)
                 self.metrics.request(method, record.code, record.ms / 1e3)

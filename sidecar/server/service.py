@@ -182,11 +182,13 @@ class EncoderService:
             path = str(store.path(entry))
             file = encoder_pb2.File(path=path, name=entry.name, lease=lease.id, lease_seconds=store.lease_seconds)
             return _Answer(index, named.key, encoded, file)
-        if encoded.rows is not None:
-            return _Answer(index, named.key, encoded)
-        if store and entry and (rows := store.read(entry)) is not None:
-            return _Answer(index, named.key, replace(encoded, rows=rows))
-        return None
+        if encoded.rows is None and store and entry and (rows := store.read(entry)) is not None:
+            encoded = replace(encoded, rows=rows)
+        if encoded.rows is None:
+            return None
+        # From here on: a caller who does not read keeps it, also where the store has dropped it.
+        call.hold(encoded.rows.nbytes)
+        return _Answer(index, named.key, encoded)
 
     def _parts(self, answer: _Answer, call: Call) -> Iterator[bytes]:
         """What the stream carries for one item."""
@@ -198,7 +200,6 @@ class EncoderService:
         yield wire.embedding(answer.index, answer.key, answer.encoded, answer.file)
         if answer.file is None:
             assert answer.encoded.rows is not None
-            call.hold(answer.encoded.rows.nbytes)
             for part in wire.chunks(answer.index, answer.encoded.rows):
                 call.record.bytes_out += len(part)
                 yield part

@@ -237,6 +237,50 @@ def test_equal_items_at_once_are_encoded_once(make_scheduler: MakeScheduler) -> 
     assert runtime.ran == [7]
 
 
+def test_who_joins_what_waits_behind_a_flood_does_not_wait_behind_it(make_scheduler: MakeScheduler) -> None:
+    runtime = FakeRuntime(lambda value: time.sleep(0.001))
+    scheduler = make_scheduler(runtime)
+
+    async def ask() -> None:
+        runtime.gate.clear()
+        flood = [asyncio.create_task(scheduler.encode(order(value, client="flood"))) for value in range(1, 201)]
+        await entered(runtime)
+        joined = asyncio.create_task(scheduler.encode(order(200, client="other")))  # the flood's last one
+        await asyncio.sleep(0)
+        runtime.gate.set()
+        assert value_of(await joined) == 200
+        assert sum(task.done() for task in flood) < 40
+        await asyncio.gather(*flood)
+        await settled(scheduler)
+
+    run(ask())
+    assert runtime.ran.count(200) == 1
+
+
+def test_one_client_does_not_fill_the_queue_for_the_others(make_scheduler: MakeScheduler) -> None:
+    runtime = FakeRuntime()
+    scheduler = make_scheduler(runtime, items=3, patches=12)
+
+    async def ask() -> None:
+        runtime.gate.clear()
+        flood = [asyncio.create_task(scheduler.encode(order(value, client="flood"))) for value in (1, 2, 3)]
+        await entered(runtime)
+        with pytest.raises(Overloaded):
+            await scheduler.encode(order(4, client="flood"))
+        others = [asyncio.create_task(scheduler.encode(order(5 + n, client=f"other-{n}"))) for n in range(3)]
+        await asyncio.sleep(0.01)
+        with pytest.raises(Overloaded):  # its second one is nobody's first
+            await scheduler.encode(order(9, client="other-0"))
+        with pytest.raises(Overloaded):  # and there is an end to it
+            await scheduler.encode(order(10, client="one more"))
+        runtime.gate.set()
+        assert [value_of(encoded) for encoded in await asyncio.gather(*flood, *others)] == [1, 2, 3, 5, 6, 7]
+        await settled(scheduler)
+        assert not scheduler._clients
+
+    run(ask())
+
+
 def test_who_joined_is_answered_when_the_first_one_leaves(make_scheduler: MakeScheduler) -> None:
     runtime = FakeRuntime()
     scheduler = make_scheduler(runtime)
