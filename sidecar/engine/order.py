@@ -21,10 +21,14 @@ class Prepared:
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """An item whose size is known. `prepare` decodes, resizes and cuts it; it runs on a preprocessing thread."""
+    """An item whose size is known. `prepare` decodes, resizes and cuts it; it runs on a preprocessing thread.
+
+    `decoded_pixels`: of an encoded picture, which may be far more than its grid holds.
+    """
 
     grid: Grid
     prepare: Callable[[], Prepared]
+    decoded_pixels: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

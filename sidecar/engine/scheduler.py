@@ -23,7 +23,7 @@ from sidecar.engine.observer import Observer, StageTimes
 from sidecar.engine.order import Opened, Order, Prepared
 from sidecar.engine.status import EngineStatus, LaneIdentity
 from sidecar.engine.store import Draft, Entry, Store, loose_draft
-from sidecar.errors import CannotFinish, InvalidItem, LaneFault, NoLane, Overloaded, ShuttingDown
+from sidecar.errors import CannotFinish, InvalidItem, LaneFault, NoLane, Overloaded, ShuttingDown, UrlUnreachable
 from sidecar.store_file import Description
 from sidecar.vision.dtypes import Array
 from sidecar.vision.grid import Grid, GridError
@@ -31,8 +31,10 @@ from sidecar.vision.pixels import PixelError
 from sidecar.vision.spec import TowerSpec
 
 # What one order's content or deadline may be the cause of, so that another order of the same name may fare better.
-_ITS_OWN_FAULT = (InvalidItem, PixelError, GridError, CannotFinish)
+_ITS_OWN_FAULT = (InvalidItem, PixelError, GridError, CannotFinish, UrlUnreachable)
 _UNKNOWN_WAIT_S = 1.0
+# Decoding takes its time too, on threads that all clients share: a picture of many pixels that becomes few patches is not cheap.
+_DECODED_PIXELS_A_PATCH = 4096
 # So many times a limit is where clients that have nothing under way are refused too.
 _NEWCOMERS = 2
 _NO_TIME = StageTimes()
@@ -68,6 +70,7 @@ class _Job:
     client: str  # whose share it takes: that of whoever asked first, or of one who joined and is served sooner
     waiters: int = 0
     work: Work = NOTHING
+    share: int = 0  # what it takes of its client's share, in patches
     turn: asyncio.Future[None] | None = None
     task: asyncio.Task[Encoded] = field(init=False)
 
@@ -116,8 +119,8 @@ class Scheduler:
         self._observer.hit()
         return Encoded(description=entry.description, lane=entry.lane, entry=entry, rows=None, cached=True)
 
-    async def encode(self, order: Order) -> Encoded:
-        """Carry out an order.
+    async def encode(self, order: Order, *, past_store: bool = False) -> Encoded:
+        """Carry out an order. `past_store`: whatever the store has, because it could not be read.
 
         Raises:
             Overloaded: if too much is waiting; an item larger than all that may wait still passes when nothing is.
@@ -128,7 +131,7 @@ class Scheduler:
             Whatever opening or preparing it raises.
         """
         while True:
-            if (known := self.known(order.name)) is not None:
+            if not past_store and (known := self.known(order.name)) is not None:
                 return known
             job = self._jobs.get(order.name)
             joined = job is not None
@@ -220,6 +223,7 @@ class Scheduler:
         arrived = time.monotonic()
         opened = await job.order.open()
         job.work = Work.of([opened.grid])
+        job.share = job.work.patches + opened.decoded_pixels // _DECODED_PIXELS_A_PATCH
         self._admit(job)
         self._misses += 1
         self._observer.miss()
@@ -265,7 +269,7 @@ class Scheduler:
 
     async def _wait_for_turn(self, job: _Job) -> None:
         turn = job.turn = asyncio.get_running_loop().create_future()
-        self._queue.push(job.client, job, job.work.patches)
+        self._queue.push(job.client, job, job.share)
         self._give_turns()
         try:
             await turn
@@ -283,14 +287,14 @@ class Scheduler:
 
     def _hasten(self, job: _Job, client: str) -> None:
         """Let a job that waits for its turn wait in the place of a client who joined it, if that comes sooner."""
-        cost = job.work.patches
-        if client == job.client or self._queue.ahead_of(client, cost) >= self._queue.ahead_of(job.client, cost):
+        share = job.share
+        if client == job.client or self._queue.ahead_of(client, share) >= self._queue.ahead_of(job.client, share):
             return
         if self._queue.remove(job.client, job):
             self._count_out(self._clients, job.client)
             self._clients[client] += 1
             job.client = client
-            self._queue.push(client, job, cost)
+            self._queue.push(client, job, share)
             self._give_turns()
 
     @staticmethod

@@ -95,6 +95,7 @@ class Preprocessor:
             _timed(
                 lambda: decode_image(item.image, max_image_pixels=most), lambda pixels: image_patches(pixels, *model)
             ),
+            decoded_pixels=height * width,
         )
 
     def _open_video(self, video: encoder_pb2.RgbVideo, model: _Model) -> Opened:

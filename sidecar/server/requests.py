@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from google.protobuf.message import DecodeError
 
-from sidecar.engine.store import MAX_LEASES
 from sidecar.errors import InvalidRequest
 from sidecar.pb import encoder_pb2
 
 # What a newer client may send beside items.
 _UNKNOWN_FIELDS = 64
+# Parsing them happens on the event loop.
+_MOST_LEASES = 4096
 
 _VARINT, _FIXED64, _LENGTH_DELIMITED, _FIXED32 = 0, 1, 2, 5
 
@@ -58,8 +59,8 @@ def parse_release(data: bytes) -> encoder_pb2.ReleaseRequest:
     """Raises:
     InvalidRequest: if there are too many leases, or the bytes are no ReleaseRequest.
     """
-    if _has_more_fields(data, MAX_LEASES):
-        raise InvalidRequest(f"the request has more than {MAX_LEASES} leases; there are never more")
+    if _has_more_fields(data, _MOST_LEASES):
+        raise InvalidRequest(f"the request has more than {_MOST_LEASES} leases; send several")
     try:
         return encoder_pb2.ReleaseRequest.FromString(data)
     except DecodeError as error:

@@ -32,9 +32,6 @@ logger = logging.getLogger(__name__)
 
 SERVICE = encoder_pb2.DESCRIPTOR.services_by_name["Encoder"].full_name
 
-# A vanished entry is encoded anew; one that vanishes each time is somebody deleting the store's files.
-_TRIES = 3
-
 Context = grpc.aio.ServicerContext[bytes, bytes]
 
 
@@ -154,8 +151,9 @@ class EncoderService:
     async def _encoded(self, index: int, item: encoder_pb2.Item, stored: bool, call: Call) -> _Answer:
         try:
             named = await call.model.orders.named(item)
-            for _ in range(_TRIES):
-                encoded = await call.model.scheduler.encode(call.model.orders.order(named, call.caller))
+            order = call.model.orders.order(named, call.caller)
+            for past_store in (False, True):
+                encoded = await call.model.scheduler.encode(order, past_store=past_store)
                 if answer := self._delivered(index, named, encoded, stored, call):
                     return answer
             raise Overloaded("the embedding went from the store as soon as it was there", retry_after_s=1.0)
