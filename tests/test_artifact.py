@@ -48,10 +48,13 @@ def refusal(artifact: Path, capsys: pytest.CaptureFixture[str]) -> Refusal:
         # If it serves after all, it is told to stop, and returns 0.
         interrupt = threading.Timer(20, os.kill, [os.getpid(), signal.SIGINT])
         interrupt.start()
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
         try:
             assert main([*always, *flags]) == 2
         finally:
             interrupt.cancel()
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
         output = capsys.readouterr()
         assert output.out == ""
         assert re.fullmatch(r"sidecar serve: [^\n]+\n", output.err), output.err  # one line, no stack trace

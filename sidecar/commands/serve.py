@@ -41,6 +41,9 @@ def run(options: argparse.Namespace) -> int:
         if unknown := Settings.unknown_variables():
             logging.getLogger(__name__).warning("no setting has these variables: %s", ", ".join(unknown))
         drained = asyncio.run(serve(settings))
+        # The interpreter's end takes its handlers away, and a signal repeated then would decide how the process ends.
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
     except (
         *(ArtifactError, MachineError, OSError, RuntimeFault),
         *(SecurityError, SettingsError, UrlsUnavailable),

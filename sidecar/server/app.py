@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 
@@ -90,10 +90,9 @@ class _App:
         self._stopped_at = 0.0
         self._store: Store | None = None
         self._reloader: Reloader | None = None
-        loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._stop)
-        loop.add_signal_handler(signal.SIGHUP, self._ask_to_reload)
+            _on_signal(number, self._stop)
+        _on_signal(signal.SIGHUP, self._ask_to_reload)
         # What an operator got wrong is found out before anything is loaded.
         self._artifact = open_for(settings)
         self._variants = [choose_variant(self._artifact, device, settings) for device in settings.device]
@@ -264,6 +263,18 @@ class _App:
             self._store.close()
         logging.shutdown()
         os._exit(1)
+
+
+def _on_signal(number: signal.Signals, call: Callable[[], None]) -> None:
+    """Have the loop call something. Unlike the loop's own handlers, this one stays when the loop is closed, so that a signal
+    repeated while the process ends does not change how it ends."""
+    loop = asyncio.get_running_loop()
+
+    def handle(*_: object) -> None:
+        with suppress(RuntimeError):  # the loop is closed
+            loop.call_soon_threadsafe(call)
+
+    signal.signal(number, handle)
 
 
 async def _trim() -> None:
