@@ -9,7 +9,6 @@ before, and no half artifact is ever seen.
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import hashlib
 import importlib.metadata
@@ -33,6 +32,7 @@ from export.samples import samples
 from export.weights import load_tower, storage_dtype
 from sidecar import artifact as sealed
 from sidecar.artifact import Artifact, ArtifactError, Manifest, Variant
+from sidecar.machine import return_freed_memory
 from sidecar.runtimes.base import Load
 from sidecar.runtimes.loading import load_runtime
 from sidecar.vision.dtypes import DType
@@ -195,10 +195,9 @@ def _measure(checkpoint: Checkpoint, variants: list[Variant], directory: Path, s
 
 
 def _give_back() -> None:
-    """Return freed memory to the system: glibc keeps what tracing and the reference let go of, beside a whole graph."""
+    """Return what tracing and the reference let go of: it would lie beside a whole graph."""
     gc.collect()
-    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-        libc.malloc_trim(0)
+    return_freed_memory()
 
 
 def graph_name(format_name: str, precision: str, checkpoint_dtype: torch.dtype) -> str:

@@ -45,7 +45,14 @@ ALLOWED = {
     "sidecar/flags.py": (),
     "sidecar/machine.py": ("sidecar.flags",),
     "sidecar/settings.py": ("sidecar.flags", "sidecar.runtimes.loading", "sidecar.vision"),
-    "export/": ("export", "sidecar.artifact", "sidecar.adopted", "sidecar.runtimes", "sidecar.vision"),
+    "export/": (
+        "export",
+        "sidecar.artifact",
+        "sidecar.adopted",
+        "sidecar.machine",
+        "sidecar.runtimes",
+        "sidecar.vision",
+    ),
 }
 # Heavy packages and the only places that may import them.
 HEAVY = {

@@ -171,11 +171,6 @@ class Scheduler:
         """Whether any lane is."""
         return any(not lane.out_for_s for lane in self.lanes)
 
-    async def drained(self) -> None:
-        """Return once nothing is under way."""
-        while self._jobs:
-            await asyncio.wait([job.task for job in self._jobs.values()])
-
     def close(self, timeout_s: float | None = None) -> bool:
         """Take no more, and finish what the lanes have; see `Lane.close`. Not for the event loop: it waits."""
         self._closing = True

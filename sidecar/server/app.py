@@ -68,9 +68,8 @@ async def serve(settings: Settings) -> bool:
     pin(settings.cpus, settings.numa_node)
     async with AsyncExitStack() as resources:
         app = _App(settings, resources)
-        server, addresses = (
-            app.listen()
-        )  # before the graph is loaded, which may take a minute: an address in use shows at once
+        # Before the graph is loaded, which may take a minute: an address in use shows at once.
+        server, addresses = app.listen()
         await app.load()
         if app.told_to_stop:
             return app.close()
@@ -95,7 +94,8 @@ class _App:
         _on_signal(signal.SIGHUP, self._ask_to_reload)
         # What an operator got wrong is found out before anything is loaded.
         self._artifact = open_for(settings)
-        self._variants = [choose_variant(self._artifact, device, settings) for device in settings.device]
+        for device in settings.device:
+            choose_variant(self._artifact, device, settings)
         self._tokens = BearerTokens(settings.token_file) if settings.token_file else None
         self._metrics = Metrics()
         self._tracing = Tracing.from_environment()
