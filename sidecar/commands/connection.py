@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from sidecar.client import EncoderClient
 from sidecar.credentials import client_credentials, read_token
@@ -19,15 +20,19 @@ def add_credential_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def open_client(arguments: argparse.Namespace) -> EncoderClient:
-    """A client of the server that the arguments name.
+    """A client of the server that the arguments name. Raises as `proofs`."""
+    return EncoderClient(arguments.server, **proofs(arguments))
+
+
+def proofs(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What a client proves itself with, as keyword arguments of either client.
 
     Raises:
         CredentialsError: if a certificate, key or token will not do.
     """
     ca, cert, key = arguments.tls_ca, arguments.tls_cert, arguments.tls_key
     over_tls = arguments.tls or ca is not None or cert is not None or key is not None
-    return EncoderClient(
-        arguments.server,
-        credentials=client_credentials(ca, cert, key) if over_tls else None,
-        token=None if arguments.token_file is None else read_token(arguments.token_file),
-    )
+    return {
+        "credentials": client_credentials(ca, cert, key) if over_tls else None,
+        "token": None if arguments.token_file is None else read_token(arguments.token_file),
+    }

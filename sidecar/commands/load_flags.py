@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from sidecar.commands import positive_float, positive_int
-from sidecar.commands.connection import add_credential_arguments
-from sidecar.credentials import client_credentials, read_token
+from sidecar.commands.connection import add_credential_arguments, proofs
 from sidecar.load.drive import Pace
 from sidecar.load.mix import Generated, Mix, Photos, parse_sizes, parse_timeout
 from sidecar.load.pictures import FORMATS, PatchRules, Size
@@ -57,13 +56,7 @@ def client_options(arguments: argparse.Namespace) -> dict[str, Any]:
     Raises:
         CredentialsError: if a certificate, key or token will not do.
     """
-    ca, cert, key = arguments.tls_ca, arguments.tls_cert, arguments.tls_key
-    over_tls = arguments.tls or ca is not None or cert is not None or key is not None
-    return {
-        "credentials": client_credentials(ca, cert, key) if over_tls else None,
-        "token": None if arguments.token_file is None else read_token(arguments.token_file),
-        "options": _OWN_CONNECTION,
-    }
+    return {**proofs(arguments), "options": _OWN_CONNECTION}
 
 
 def pace_of(arguments: argparse.Namespace) -> Pace:
