@@ -33,6 +33,7 @@ pytestmark = pytest.mark.soak
 
 SIDES = (56, 112, 224, 448)
 REQUESTS, WIDTH = 10_000, 32
+GRPC_THREADS = 8
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +76,8 @@ def test_1000_requests_with_cancellations_and_deadlines_leave_nothing_behind(ser
     ended = asyncio.run(run(1000))
     wait_until("idle again", lambda: is_idle(server))
     wait_until("no more files than before", lambda: open_files(server) <= before[1])
-    wait_until("no more threads than before", lambda: threads(server) <= before[0])
+    # gRPC's own pool grows with load and keeps what it has for minutes; a leak would grow with the thousand.
+    wait_until("no more threads than before", lambda: threads(server) <= before[0] + GRPC_THREADS)
     print(f"\n1000 with cancellations and deadlines: {dict(ended)}; threads and files before {before}, ", end="")
     print(f"after {(threads(server), open_files(server))}", end="")
     assert ended.total() == 1000 and set(ended) <= {"embedding", "cancelled by the caller", *REFUSALS}, ended
