@@ -24,15 +24,13 @@ from torch import Tensor
 
 from export.files import CheckpointError, Files, LocalFiles, StoredTensor
 from export.hub import HubFiles
-from sidecar.vision.spec import PixelSpec, TowerSpec, processor_configs
+from sidecar.vision.spec import VISION_PREFIXES, PixelSpec, TowerSpec, processor_configs
 from sidecar.vision.tower import Tower
 
 __all__ = ["Checkpoint", "CheckpointError", "open_checkpoint"]
 
 logger = logging.getLogger(__name__)
 
-# How saved checkpoints begin the names of vision tensors: published Qwen2.5-VL, and transformers since 4.52.
-VISION_PREFIXES = ("visual.", "model.visual.")
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 _PICKLED_FILES = ("pytorch_model.bin", "pytorch_model.bin.index.json")

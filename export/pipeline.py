@@ -10,7 +10,6 @@ before, and no half artifact is ever seen.
 from __future__ import annotations
 
 import gc
-import hashlib
 import importlib.metadata
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -211,9 +210,8 @@ def fingerprint_of(checkpoint: Checkpoint, advance: Callable[[], None] = lambda:
     """The fingerprint of a checkpoint's tower, preprocessing and weights."""
     hashes = {}
     for name, tensor in checkpoint:
-        digest = hashlib.sha256(f"{_dtype(tensor.dtype)} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-        hashes[name] = digest.hexdigest()
+        values = tensor.reshape(-1).view(torch.uint8).numpy().data
+        hashes[name] = sealed.tensor_hash(_dtype(tensor.dtype), tensor.shape, values)
         advance()
     return sealed.fingerprint(checkpoint.tower, checkpoint.pixels, hashes)
 

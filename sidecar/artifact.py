@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Self
@@ -181,11 +181,18 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
+def tensor_hash(dtype: str, shape: Sequence[int], values: bytes | memoryview) -> str:
+    """Hex sha256 of one weight: its dtype as torch names it, its shape, and its bytes as the checkpoint stores them."""
+    digest = hashlib.sha256(f"{dtype} {list(shape)}\n".encode())
+    digest.update(values)
+    return digest.hexdigest()
+
+
 def fingerprint(tower: TowerSpec, pixels: PixelSpec, tensor_hashes: Mapping[str, str]) -> str:
     """One hash of tower, preprocessing and weights.
 
-    `tensor_hashes` maps each weight's name to the sha256 of its values as stored in the checkpoint; runtime and precision
-    have no part in it, because embeddings of the same weights are interchangeable whoever computed them.
+    `tensor_hashes` maps each weight's name to its `tensor_hash`. Runtime and precision have no part in it, because embeddings of
+    the same weights are interchangeable whoever computed them.
     """
     identity = {"tower": tower.to_dict(), "pixels": pixels.to_dict(), "weights": dict(tensor_hashes)}
     return hashlib.sha256(json.dumps(identity, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

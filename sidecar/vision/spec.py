@@ -11,6 +11,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Self
 
+# How saved checkpoints begin the names of vision tensors: published Qwen2.5-VL, and transformers since 4.52.
+VISION_PREFIXES = ("visual.", "model.visual.")
+
 # What transformers' Qwen2_5_VLVisionConfig assumes where a config.json is silent (transformers 5, configuration_qwen2_5_vl).
 _TOWER_DEFAULTS: dict[str, Any] = {
     "in_channels": 3,

@@ -1,0 +1,148 @@
+"""Whether a sidecar's embeddings are those of the model that this vLLM has loaded.
+
+An artifact's fingerprint is a hash of tower, preprocessing and weights (`sidecar.artifact`). It is computed here from the very
+checkpoint that vLLM loads, so that equal fingerprints prove equal weights. Where that cannot be done (the weights are quantised, made
+up, or not in safetensors on this host), the structure is compared, and the first fingerprint seen is the only one accepted.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from sidecar.artifact import fingerprint, tensor_hash
+from sidecar.pb import encoder_pb2
+from sidecar.vision.spec import VISION_PREFIXES, PixelSpec, TowerSpec, processor_configs
+
+# vLLM shows what is logged below its own name.
+logger = logging.getLogger("vllm." + __name__)
+
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+_FLOATS = ("bfloat16", "float16", "float32")
+
+
+class MismatchError(Exception):
+    """A sidecar holds another model."""
+
+
+class Identity:
+    """What this vLLM's model is, as far as it can be told."""
+
+    def __init__(self, tower: TowerSpec, model: str, revision: str | None, given: str | None, *, loads: bool) -> None:
+        """
+        Args:
+            tower: of the configuration that vLLM has loaded.
+            model, revision: as vLLM was given them.
+            given: the operator's word for the fingerprint.
+            loads: whether vLLM loads the checkpoint's weights at all.
+        """
+        self.tower = tower
+        self.pixels: PixelSpec | None = None
+        self.expected = given
+        self.proven = given is not None
+        self._model, self._revision = model, revision
+        self._loads = loads
+
+    def establish(self) -> None:
+        """Read the checkpoint: seconds for 1.3 GB of weights. To be called once, on a thread."""
+        directory = checkpoint_directory(self._model, self._revision)
+        if directory is None:
+            logger.warning("the checkpoint %s is not on this host: which weights vLLM has cannot be proven", self._model)
+            return
+        self.pixels = pixel_spec(directory)
+        if self.proven or not self._loads:
+            return
+        try:
+            self.expected = checkpoint_fingerprint(directory, self.pixels)
+            self.proven = True
+        except (OSError, ValueError, KeyError) as error:
+            logger.warning("no fingerprint of %s: %s; only its structure can be compared", self._model, error)
+
+    def meet(self, info: encoder_pb2.InfoResponse) -> None:
+        """Compare with what a sidecar says of itself.
+
+        Raises:
+            MismatchError: if it cannot stand in for this vLLM's own tower.
+        """
+        if self.proven:
+            return self.check(info.fingerprint)
+        for name in ("depth", "hidden_size", "out_hidden_size", "patch_size", "temporal_patch_size", "spatial_merge_size"):
+            ours, theirs = getattr(self.tower, name), getattr(info.tower, name)
+            if ours != theirs:
+                raise MismatchError(f"the sidecar's tower has {name} {theirs}, this model's has {ours}")
+        if self.pixels is not None:
+            for name in ("image_mean", "image_std"):
+                if (ours := getattr(self.pixels, name)) != (theirs := tuple(getattr(info.pixels, name))):
+                    raise MismatchError(f"the sidecar normalises with {name} {theirs}, this model with {ours}")
+        if self.expected is None:
+            self.expected = info.fingerprint
+        return self.check(info.fingerprint)
+
+    def check(self, theirs: str) -> None:
+        """Raises:
+        MismatchError: if an embedding is not of this model.
+        """
+        if theirs != self.expected:
+            ours = "unknown" if self.expected is None else f"{self.expected[:16]}…"
+            raise MismatchError(
+                f"the sidecar serves the fingerprint {theirs[:16]}…, this model's is {ours}; export the checkpoint that vLLM "
+                f"has loaded ({Path(self._model).name})"
+            )
+
+
+def checkpoint_directory(model: str, revision: str | None) -> Path | None:
+    """Where vLLM finds the checkpoint: a directory, or the hub's cache."""
+    if Path(model).is_dir():
+        return Path(model)
+    try:
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(model, revision=revision, local_files_only=True))
+    except Exception:  # of many kinds, and each means that it is not here
+        return None
+
+
+def pixel_spec(directory: Path) -> PixelSpec:
+    def read(name: str) -> dict[str, Any] | None:
+        path = directory / name
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+    image, video = processor_configs(read)
+    return PixelSpec.from_config(image or {}, video)
+
+
+def checkpoint_fingerprint(directory: Path, pixels: PixelSpec) -> str:
+    """As export computes it.
+
+    Raises:
+        OSError, ValueError, KeyError: if the vision tensors cannot be read, or are no floats.
+    """
+    from safetensors import safe_open
+
+    tower = TowerSpec.from_config(json.loads((directory / "config.json").read_text(encoding="utf-8")))
+    index = directory / _INDEX
+    shards = {_SINGLE}
+    if index.is_file():
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        shards = {shard for name, shard in weight_map.items() if name.startswith(VISION_PREFIXES)}
+    hashes = {}
+    for shard in sorted(shards):
+        with safe_open(directory / shard, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118  # not a mapping
+                if prefix := next((prefix for prefix in VISION_PREFIXES if name.startswith(prefix)), None):
+                    hashes[name.removeprefix(prefix)] = _hash(name, opened.get_tensor(name))
+    if not hashes:
+        raise ValueError("it holds no vision tensors in safetensors")
+    return fingerprint(tower, pixels, hashes)
+
+
+def _hash(name: str, tensor: Any) -> str:
+    import torch
+
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    if dtype not in _FLOATS:
+        raise ValueError(f"{name} is stored in {dtype}, not as the floats that export reads")
+    return tensor_hash(dtype, tensor.shape, tensor.reshape(-1).view(torch.uint8).numpy().data)

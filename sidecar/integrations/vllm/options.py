@@ -1,0 +1,166 @@
+"""`ec_connector_extra_config`: what an operator may say, checked before vLLM starts."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import socket
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, Self
+
+OnFailure = Literal["local", "fail"]
+_SHARED_MEMORY = Path("/dev/shm")
+
+
+class OptionsError(ValueError):
+    """A configuration that cannot be meant. The message names the option."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """Attributes:
+    address: where the sidecars are: one address of gRPC's (`host:port`, `unix:/path`, `dns:///name:port`), or a list of
+        `host:port`, among which gRPC deals calls out by the load that each reports.
+    on_failure: what becomes of a request whose embedding cannot be had: `local` (vLLM's own tower encodes it) or `fail` (that
+        request alone is answered with an error). Unset, it is `local` where vLLM has its tower and `fail` where not.
+    timeout_s: how long an item may take, from the first ask to the checked file, retries included.
+    unreachable_s: how much of that is spent on sidecars that cannot be reached. Unset, 2 s where vLLM can encode by itself,
+        else all of it.
+    attempts: how often an item is asked for again after an answer that is wrong, or an internal error.
+    store: whether embeddings that lie on this host are linked instead of sent: `auto`, `off`, or the store's directory where
+        it is mounted under another path than the sidecar names.
+    directory: where this vLLM keeps the embeddings that its scheduler waits for; on the file system of the sidecar's
+        store they are links, elsewhere copies. All workers must see it.
+    ahead_bytes: embeddings of requests that wait in vLLM's queue may take so much. One request always may.
+    fingerprint: of the artifact that sidecars must serve. Unset, it is computed from the checkpoint that vLLM has loaded.
+    load_tower: false leaves the vision tower's weights out of vLLM, which still takes raw images.
+    token_file: its first token goes out with each call.
+    tls_ca, tls_cert, tls_key: PEM files; any of them turns TLS on. tls: true turns it on with gRPC's own list of authorities.
+    """
+
+    address: str | Sequence[str]
+    on_failure: OnFailure | None = None
+    timeout_s: float = 60.0
+    unreachable_s: float | None = None
+    attempts: int = 3
+    store: str = "auto"
+    directory: Path = field(default=_SHARED_MEMORY)
+    ahead_bytes: int = 1 << 30
+    fingerprint: str | None = None
+    load_tower: bool = True
+    token_file: Path | None = None
+    tls: bool = False
+    tls_ca: Path | None = None
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Self:
+        """Raises:
+        OptionsError: if an option is unknown, missing, or not what it should be.
+        """
+        known = {option.name: option for option in fields(cls)}
+        if unknown := sorted(config.keys() - known.keys()):
+            raise OptionsError(
+                f"ec_connector_extra_config has no option {', '.join(unknown)}; there are {', '.join(sorted(known))}"
+            )
+        if "address" not in config:
+            raise OptionsError('ec_connector_extra_config needs "address": "host:port" of a sidecar, or a list of them')
+        values = {name: value for name, value in config.items() if value is not None}
+        if "load_tower" not in values and os.environ.get("EPD_VLLM_LOAD_TOWER", "").lower() in ("0", "false", "no"):
+            values["load_tower"] = False
+        for name in ("directory", "token_file", "tls_ca", "tls_cert", "tls_key"):
+            if name in values:
+                _check(name, values[name], str)
+                values[name] = Path(values[name]).expanduser()
+        options = cls(**values)
+        options._check()
+        return options
+
+    @property
+    def may_encode_locally(self) -> bool:
+        return self.failure == "local"
+
+    @property
+    def failure(self) -> OnFailure:
+        return self.on_failure or ("local" if self.load_tower else "fail")
+
+    @property
+    def patience_s(self) -> float:
+        """For sidecars that cannot be reached."""
+        if self.unreachable_s is not None:
+            return self.unreachable_s
+        return min(2.0, self.timeout_s) if self.may_encode_locally else self.timeout_s
+
+    @property
+    def addresses(self) -> list[str]:
+        return [self.address] if isinstance(self.address, str) else list(self.address)
+
+    @property
+    def uses_tls(self) -> bool:
+        return self.tls or bool(self.tls_ca or self.tls_cert or self.tls_key)
+
+    def target(self) -> str:
+        """The addresses as one target of gRPC's. A list's host names are looked up here, once; `dns:///name:port` follows
+        changes.
+
+        Raises:
+            OptionsError: if a name is not known, or the list mixes IPv4 and IPv6.
+        """
+        if len(self.addresses) == 1:
+            return self.addresses[0]
+        resolved = [_resolve(address) for address in self.addresses]
+        families = {family for family, _ in resolved}
+        if len(families) > 1:
+            raise OptionsError("address: a list must be of IPv4 addresses or of IPv6 addresses, not of both")
+        return f"{families.pop()}:{','.join(address for _, address in resolved)}"
+
+    def _check(self) -> None:
+        if not self.addresses or not all(isinstance(address, str) and address for address in self.addresses):
+            raise OptionsError('address must be "host:port", or a list of such')
+        if len(self.addresses) > 1 and (odd := [each for each in self.addresses if each.startswith(("unix:", "dns:"))]):
+            raise OptionsError(f"address: a list may hold host:port only, got {odd[0]}")
+        if self.failure not in ("local", "fail"):
+            raise OptionsError(f'on_failure must be "local" or "fail", got {self.on_failure!r}')
+        if self.may_encode_locally and not self.load_tower:
+            raise OptionsError('on_failure "local" needs the tower: set load_tower to true, or on_failure to "fail"')
+        for name in ("timeout_s", "patience_s"):
+            _check(name, getattr(self, name), (int, float))
+            if not getattr(self, name) > 0:
+                raise OptionsError(f"{name.replace('patience', 'unreachable')} must be above 0")
+        for name in ("attempts", "ahead_bytes"):
+            _check(name, getattr(self, name), int)
+            if getattr(self, name) < 1:
+                raise OptionsError(f"{name} must be at least 1")
+        for name in ("load_tower", "tls"):
+            if not isinstance(getattr(self, name), bool):
+                raise OptionsError(f"{name} must be true or false, got {getattr(self, name)!r}")
+        _check("store", self.store, str)
+        if self.store not in ("auto", "off") and not Path(self.store).is_absolute():
+            raise OptionsError(f'store must be "auto", "off" or an absolute directory, got {self.store!r}')
+        if self.fingerprint is not None and not (isinstance(self.fingerprint, str) and len(self.fingerprint) == 64):
+            raise OptionsError("fingerprint must be the 64 digits that `python -m sidecar info` prints")
+
+
+def _check(name: str, value: object, kind: type | tuple[type, ...]) -> None:
+    if not isinstance(value, kind) or isinstance(value, bool):
+        wanted = kind.__name__ if isinstance(kind, type) else "number"
+        raise OptionsError(f"{name} must be a {wanted}, got {value!r}")
+
+
+def _resolve(address: str) -> tuple[str, str]:
+    """("ipv4" or "ipv6", numeric address with its port)."""
+    host, colon, port = address.rpartition(":")
+    host = host.strip("[]")
+    if not colon or not port.isdigit() or not host:
+        raise OptionsError(f"address: {address!r} is not host:port")
+    try:
+        found = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)
+    except OSError as error:
+        raise OptionsError(f"address: {host} cannot be looked up: {error.strerror or error}") from error
+    number = str(sorted(found, key=lambda entry: entry[0] != socket.AF_INET)[0][4][0])
+    if ipaddress.ip_address(number).version == 4:
+        return "ipv4", f"{number}:{port}"
+    return "ipv6", f"[{number}]:{port}"
