@@ -1,4 +1,4 @@
-"""vLLM's interface for encoder caches (vllm/distributed/ec_transfer/ec_connector/base.py), for one process: its scheduler or a worker."""
+"""vLLM's interface for encoder caches (vllm/distributed/ec_transfer/ec_connector/base.py), in scheduler and workers."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """What vLLM's scheduler knows of one image or video, as what a sidecar is to be asked for.
 
-`request.mm_features[i]` (vllm/multimodal/inputs.py) has an `identifier`, its place in the prompt, and `data.get_data()`: a Qwen2.5-VL
-item's `pixel_values` and `image_grid_thw`, or `pixel_values_videos` and `video_grid_thw`. Recent versions hand on uint8 pixels and
-normalise on the device; older ones, and `--no-mm-device-do-normalize`, hand on what the processor normalised.
+`request.mm_features[i]` (vllm/multimodal/inputs.py) has an `identifier`, its place in the prompt, and `data.get_data()`: a
+Qwen2.5-VL item's `pixel_values` and `image_grid_thw`, or `pixel_values_videos` and `video_grid_thw`. Recent versions hand on
+uint8 pixels and normalise on the device; older ones, and `--no-mm-device-do-normalize`, hand on what the processor normalised.
 """
 
 from __future__ import annotations
@@ -115,5 +115,3 @@ def _one_slice(values: Array, tower: TowerSpec) -> Array | None:
     slices = values.reshape(len(values), tower.in_channels, tower.temporal_patch_size, -1)
     first = slices[:, :, :1]
     return np.ascontiguousarray(first).reshape(len(values), -1) if (slices == first).all() else None
-
-

@@ -137,7 +137,9 @@ class Fetcher:
             try:
                 await self._meet()
                 proof = "by its weights" if self._identity.proven else "by its structure only"
-                return logger.info("the sidecar serves this model, %s: fingerprint %.16s…", proof, self._identity.expected)
+                return logger.info(
+                    "the sidecar serves this model, %s: fingerprint %.16s…", proof, self._identity.expected
+                )
             except (ClientError, MismatchError) as error:
                 if str(error) != told:
                     told = str(error)
@@ -247,16 +249,18 @@ class Fetcher:
             dtype=embedding.dtype,
             fingerprint=embedding.fingerprint,
         )
-        adding = asyncio.ensure_future(
-            asyncio.to_thread(self._files.add, embedding.data, description, embedding.path)
-        )
+        adding = asyncio.ensure_future(asyncio.to_thread(self._files.add, embedding.data, description, embedding.path))
         try:
             return await asyncio.shield(adding)
         except ValueError as error:
             raise WrongEmbeddingError(str(error)) from error
         except asyncio.CancelledError:  # a thread cannot be: what it makes goes when it is made
-            adding.add_done_callback(lambda done: done.exception() or self._files.remove(done.result().name))
+            adding.add_done_callback(self._remove_added)
             raise
+
+    def _remove_added(self, adding: asyncio.Future[LocalFile]) -> None:
+        if not adding.cancelled() and adding.exception() is None:
+            self._files.remove(adding.result().name)
 
 
 def _only(results: list[Embedding | ItemError]) -> Embedding:

@@ -14,6 +14,7 @@ import itertools
 import os
 import shutil
 import tempfile
+import weakref
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +50,8 @@ class LocalFiles:
         self._lock = os.open(self.path / _LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
         fcntl.flock(self._lock, fcntl.LOCK_EX)
         self._numbers = itertools.count()
+        # Where vLLM ends without a word to its connector, as in a script.
+        self._remove_all = weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
 
     def add(self, rows: Array, description: Description, linkable: Path | None) -> LocalFile:
         """Keep an embedding and check it as it lies here.
@@ -80,7 +83,7 @@ class LocalFiles:
 
     def close(self) -> None:
         """Remove all of them."""
-        shutil.rmtree(self.path, ignore_errors=True)
+        self._remove_all()
         with suppress(OSError):
             os.close(self._lock)
 

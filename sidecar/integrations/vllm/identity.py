@@ -1,8 +1,8 @@
 """Whether a sidecar's embeddings are those of the model that this vLLM has loaded.
 
 An artifact's fingerprint is a hash of tower, preprocessing and weights (`sidecar.artifact`). It is computed here from the very
-checkpoint that vLLM loads, so that equal fingerprints prove equal weights. Where that cannot be done (the weights are quantised, made
-up, or not in safetensors on this host), the structure is compared, and the first fingerprint seen is the only one accepted.
+checkpoint that vLLM loads, so that equal fingerprints prove equal weights. Where that cannot be done (the weights are quantised,
+made up, or not in safetensors on this host), the structure is compared, and the first fingerprint seen is the only one accepted.
 """
 
 from __future__ import annotations
@@ -50,7 +50,9 @@ class Identity:
         """Read the checkpoint: seconds for 1.3 GB of weights. To be called once, on a thread."""
         directory = checkpoint_directory(self._model, self._revision)
         if directory is None:
-            logger.warning("the checkpoint %s is not on this host: which weights vLLM has cannot be proven", self._model)
+            logger.warning(
+                "the checkpoint %s is not on this host: which weights vLLM has cannot be proven", self._model
+            )
             return
         self.pixels = pixel_spec(directory)
         if self.proven or not self._loads:
@@ -69,7 +71,14 @@ class Identity:
         """
         if self.proven:
             return self.check(info.fingerprint)
-        for name in ("depth", "hidden_size", "out_hidden_size", "patch_size", "temporal_patch_size", "spatial_merge_size"):
+        for name in (
+            "depth",
+            "hidden_size",
+            "out_hidden_size",
+            "patch_size",
+            "temporal_patch_size",
+            "spatial_merge_size",
+        ):
             ours, theirs = getattr(self.tower, name), getattr(info.tower, name)
             if ours != theirs:
                 raise MismatchError(f"the sidecar's tower has {name} {theirs}, this model's has {ours}")

@@ -11,11 +11,14 @@ from vllm.distributed.ec_transfer.ec_connector.metrics import ECConnectorPromMet
 
 from sidecar.integrations.vllm.tally import OUTCOMES
 
+_NOTHING: dict[str, Any] = {"items": {}, "errors": {}, "seconds": [], "bytes": 0}
 _BUCKETS_S = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
 
 
 class SidecarStats(ECConnectorStats):
     """`data` is what `Tally.take` gives."""
+
+    data: dict[str, Any]
 
     def reset(self) -> None:
         self.data = {}
@@ -25,7 +28,7 @@ class SidecarStats(ECConnectorStats):
 
     def aggregate(self, other: ECConnectorStats) -> SidecarStats:
         if other.data:
-            ours, theirs = self.data or {"items": {}, "errors": {}, "seconds": [], "bytes": 0}, other.data
+            ours, theirs = self.data or _NOTHING, other.data
             self.data = {
                 "items": dict(Sum(ours["items"]) + Sum(theirs["items"])),
                 "errors": dict(Sum(ours["errors"]) + Sum(theirs["errors"])),
@@ -59,7 +62,7 @@ class SidecarPromMetrics(ECConnectorPromMetrics):
         counter, histogram = metric_types[Counter], metric_types[Histogram]
         self._items = counter(
             name="vllm:ec_sidecar_items",
-            documentation="Images and videos by what became of them: linked, sent or fetched from a sidecar, encoded_locally, failed.",
+            documentation="Images and videos: linked, sent or fetched from a sidecar, encoded_locally, or failed.",
             labelnames=[*labelnames, "outcome"],
         )
         self._errors = counter(

@@ -111,8 +111,9 @@ class SchedulerHalf:
                 return False
             self._admit(known, needed)
         # All are asked for before any is looked at, so that they are encoded side by side.
-        fetches = [(index, self._fetch_of(request.request_id, known.wanted[index])) for index in needed]
-        return all([self._is_at_hand(request, known, index, fetch) for index, fetch in fetches])
+        fetches = {index: self._fetch_of(request.request_id, known.wanted[index]) for index in needed}
+        missing = [index for index in needed if not self._is_at_hand(request, known, index, fetches[index])]
+        return not missing
 
     def has_cache_item(self, identifier: str) -> bool:
         entry = self._entries.get(identifier)

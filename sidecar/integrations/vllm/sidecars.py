@@ -1,7 +1,7 @@
 """The channels to the sidecars, and what may be asked on which.
 
-Calls are dealt out by gRPC among the addresses of one channel. What stays in a sidecar's store (a file, its lease) can only be asked
-for again at that same sidecar: so files are linked only where there is one, and a key is looked for at each in turn.
+Calls are dealt out by gRPC among the addresses of one channel. What stays in a sidecar's store (a file, its lease) can only be
+asked for again at that same sidecar: so files are linked only where there is one, and a key is looked for at each in turn.
 """
 
 from __future__ import annotations

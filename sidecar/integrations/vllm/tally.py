@@ -6,7 +6,7 @@ import threading
 from collections import Counter
 from typing import Any
 
-# What became of an item. `linked`, `sent` and `fetched` came from a sidecar: as a link to its store's file, over the wire, by key.
+# What became of an item. The first three came from a sidecar: as a link to its store's file, over the wire, by key.
 OUTCOMES = ("linked", "sent", "fetched", "encoded_locally", "failed")
 
 

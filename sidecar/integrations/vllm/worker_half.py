@@ -20,12 +20,14 @@ class WorkerHalf:
     def __init__(self, dtype: torch.dtype) -> None:
         self._dtype = dtype
 
-    def load(self, loads: Mapping[str, LocalFile], encoder_cache: dict[str, torch.Tensor], device: torch.device) -> None:
+    def load(
+        self, loads: Mapping[str, LocalFile], encoder_cache: dict[str, torch.Tensor], device: torch.device
+    ) -> None:
         """Put every embedding, (tokens, width), where vLLM's model looks for it.
 
         Raises:
-            OSError, StoreFileError: if a file is not what the scheduler's half had checked. vLLM cannot go on then, as it could not
-                without an embedding; it can only be reached by somebody who removes or replaces this user's files.
+            OSError, StoreFileError: if a file is not what the scheduler's half had checked. vLLM ends then, since it cannot go on
+                without an embedding that it was promised; only who removes or replaces this user's files brings that about.
         """
         for identifier, file in loads.items():
             if identifier not in encoder_cache:
