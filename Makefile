@@ -38,7 +38,7 @@ demo: $(READY)
 	$(BIN)/python -m bench.demo
 
 test: $(READY)
-	$(BIN)/python -m pytest -m 'not slow and not soak'
+	$(BIN)/python -m pytest -m 'not slow and not soak and not integration'
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow -s

@@ -66,12 +66,14 @@ def main() -> None:
     outputs = llm.generate(prompts, SamplingParams(max_tokens=TOKENS, temperature=0, logprobs=1), use_tqdm=False)
     # In a second round everything is known already, to vLLM or to the sidecar.
     outputs += llm.generate(prompts[::5], SamplingParams(max_tokens=TOKENS, temperature=0, logprobs=1), use_tqdm=False)
+    names = [text for text, _, _ in requests]
     answers = [
         {
+            "name": name,
             "tokens": list(output.outputs[0].token_ids),
             "logprobs": [max(each.logprob for each in step.values()) for step in output.outputs[0].logprobs],
         }
-        for output in outputs
+        for name, output in zip([*names, *(f"{name} again" for name in names[::5])], outputs, strict=True)
     ]
     result = {"answers": answers, "tower_calls": len(calls) - at_start, "seconds": time.monotonic() - begun}
     options.out.write_text(json.dumps(result))
