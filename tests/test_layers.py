@@ -28,6 +28,13 @@ ALLOWED = {
     ),
     "sidecar/load/": ("sidecar.client", "sidecar.replies", "sidecar.vision", "sidecar.pb"),
     "sidecar/commands/": ("sidecar.client", "sidecar.credentials", "sidecar.picture", "sidecar.vision", "sidecar.pb"),
+    "sidecar/integrations/__init__.py": (),
+    "sidecar/integrations/chat_images.py": ("sidecar.items",),
+    "sidecar/integrations/chat.py": (
+        *("sidecar.client", "sidecar.replies"),
+        *("sidecar.integrations.chat_images", "sidecar.integrations.tensor_file"),
+    ),
+    "sidecar/integrations/tensor_file.py": ("sidecar.vision",),
     "sidecar/client.py": (
         *("sidecar.channel", "sidecar.credentials", "sidecar.exchange", "sidecar.items", "sidecar.replies"),
         *("sidecar.pb", "sidecar.vision"),

@@ -60,10 +60,14 @@ class ChatImage:
 
 @dataclass(frozen=True, slots=True)
 class ChatImages:
-    """A request's images, in its order, and what is to be encoded, each once."""
+    """A request's images, in its order, and what is to be encoded, each once.
+
+    `bounded`: the request has bounds of its own on the images' area, so that a `uuid` alone does not name an embedding.
+    """
 
     images: list[ChatImage]
     items: list[Item]
+    bounded: bool
 
     @classmethod
     def of(cls, request: Mapping[str, Any], max_image_bytes: int) -> ChatImages:
@@ -73,13 +77,15 @@ class ChatImages:
             ChatRequestError: if the request or an image part has not the form that it should have, an image is over
                 `max_image_bytes`, two different ones have one uuid, or a processor option has no counterpart here.
         """
-        found = cls([], [])
+        parts = list(_image_parts(request))
+        if not parts:
+            return cls([], [], False)
+        bounds = _bounds(request)
+        _mapping(request, "ec_transfer_params")  # entries will be added to it
+        found = cls([], [], bool(bounds))
         indices: dict[str | bytes, int] = {}
-        bounds: dict[str, int] = {}
-        for message, part, medium, image in _image_parts(request):
+        for message, part, medium, image in parts:
             where = f"messages[{message}].content[{part}]"
-            if not found.images:
-                bounds = _bounds(request)
             try:
                 item = _item(image, bounds, max_image_bytes)
             except ChatRequestError as error:
@@ -123,7 +129,7 @@ def _medium(part: Mapping[str, Any]) -> Any:
     return next((medium for medium in _MEDIA if medium in part), named)
 
 
-def _item(part: Mapping[str, Any], bounds: dict[str, int], max_image_bytes: int) -> Item:
+def _item(part: Mapping[str, Any], bounds: dict[str, Any], max_image_bytes: int) -> Item:
     uuid, url = part.get("uuid"), part.get("image_url")
     if uuid is not None and (not isinstance(uuid, str) or not uuid or not _is_unicode(uuid)):
         raise ChatRequestError(f"uuid must be a string of at least one character, got {_kind(uuid)}")
@@ -159,7 +165,7 @@ def _decoded(url: str, max_image_bytes: int) -> bytes:
     return data
 
 
-def _bounds(request: Mapping[str, Any]) -> dict[str, int]:
+def _bounds(request: Mapping[str, Any]) -> dict[str, Any]:
     """`mm_processor_kwargs` as an item's bounds: `min_pixels` and `max_pixels`, or `size` with its two edges."""
     options = _mapping(request, "mm_processor_kwargs")
     # What else there is would change the embedding here or its identity in vLLM, and no answer would tell.
@@ -171,7 +177,9 @@ def _bounds(request: Mapping[str, Any]) -> dict[str, int]:
         raise ChatRequestError("media_io_kwargs.image: a sidecar loads images in one way only, as vLLM does by default")
     size = _mapping(options, "size")
     for name in size.keys() - {"shortest_edge", "longest_edge"}:
-        raise ChatRequestError(f"mm_processor_kwargs.size.{name}: only shortest_edge and longest_edge, in pixels of area")
+        raise ChatRequestError(
+            f"mm_processor_kwargs.size.{name}: only shortest_edge and longest_edge, in pixels of area"
+        )
     bounds = {}
     for name, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
         bound = options.get(name) if options.get(name) is not None else size.get(edge)
@@ -184,7 +192,8 @@ def _bounds(request: Mapping[str, Any]) -> dict[str, int]:
 
 
 def without_bounds(request: Mapping[str, Any]) -> dict[str, Any]:
-    """The request as it is once the bounds have been applied: with them, vLLM would look for an image under another name."""
+    """The request once its bounds have been applied. vLLM would refuse them (unless it has --trust-request-mm-kwargs), or
+    look for the image under another name."""
     options = {name: value for name, value in _mapping(request, "mm_processor_kwargs").items() if name not in _BOUNDS}
     rest = {name: value for name, value in request.items() if name != "mm_processor_kwargs"}
     return rest | ({"mm_processor_kwargs": options} if options else {})

@@ -11,7 +11,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -54,7 +54,12 @@ class VllmServer:
         for image in images:
             url = "data:image/png;base64," + base64.b64encode(image).decode()
             parts.append({"type": "image_url", "image_url": {"url": url}})
-        body = {"messages": [{"role": "user", "content": parts}], "max_tokens": tokens, "temperature": 0, "logprobs": True}
+        body = {
+            "messages": [{"role": "user", "content": parts}],
+            "max_tokens": tokens,
+            "temperature": 0,
+            "logprobs": True,
+        }
         return ask(self.url, body)
 
     def metric(self, name: str, **labels: str) -> float:
@@ -90,7 +95,11 @@ def vllm_server(model: Path, log: Path, *flags: str, connector: dict[str, Any] |
     command += ["--served-model-name", "toy", "--dtype", "float32", "--enforce-eager", "--max-model-len", "2048"]
     command += ["--max-num-seqs", "8", "--limit-mm-per-prompt", '{"image":4,"video":0}', *flags]
     if connector is not None:
-        transfer = {"ec_connector": "EncoderSidecarConnector", "ec_role": "ec_consumer", "ec_connector_extra_config": connector}
+        transfer = {
+            "ec_connector": "EncoderSidecarConnector",
+            "ec_role": "ec_consumer",
+            "ec_connector_extra_config": connector,
+        }
         command += ["--ec-transfer-config", json.dumps(transfer)]
     environment = os.environ | {
         "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -124,14 +133,10 @@ def _wait_ready(server: VllmServer) -> None:
 def _end(process: subprocess.Popen[bytes]) -> None:
     """SIGTERM, so that its connector tidies up; then whatever is left of its group."""
     process.send_signal(signal.SIGTERM)
-    try:
+    with suppress(subprocess.TimeoutExpired):
         process.wait(30)
-    except subprocess.TimeoutExpired:
-        pass
-    try:
+    with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.wait()
 
 

@@ -23,6 +23,9 @@ from sidecar.integrations.vllm.worker_half import WorkerHalf
 from sidecar.vision.spec import TowerSpec
 
 _ROLE = "ec_consumer"
+# With nothing to run, vLLM takes step after step to see whether an embedding has come, a thousand a second, each of which goes to
+# all workers: that would take the cores from a sidecar on the same host. What arrives meanwhile waits no longer than this.
+_IDLE_S = 0.005
 
 
 @dataclass
@@ -91,7 +94,10 @@ class EncoderSidecarConnector(ECConnectorBase):
         self._scheduler.update_state_after_free(request, index)
 
     def build_connector_meta(self, scheduler_output: Any) -> Loads:
-        return Loads(self._scheduler.take_loads(scheduler_output.free_encoder_mm_hashes))
+        loads = Loads(self._scheduler.take_loads(scheduler_output.free_encoder_mm_hashes))
+        if not scheduler_output.total_num_scheduled_tokens and self._scheduler.steps_under_way == 1:
+            self._fetcher.wait_for_news(_IDLE_S)
+        return loads
 
     def take_unavailable_requests(self) -> set[str]:
         # vLLM asks once for each step's output, in the order of the steps.

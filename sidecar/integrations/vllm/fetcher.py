@@ -87,6 +87,8 @@ class Fetcher:
         self._tally = tally
         self._sidecars: Sidecars | None = None
         self._releases: set[asyncio.Task[None]] = set()
+        self._under_way = 0
+        self._news = threading.Event()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="epd-connector", daemon=True)
         self._thread.start()
@@ -105,6 +107,12 @@ class Fetcher:
             self._files.remove(file.name)
         if fetch.future is not None:
             fetch.future.cancel()
+
+    def wait_for_news(self, seconds: float) -> None:
+        """Until something that is under way has ended, or the time is over."""
+        if self._under_way:
+            self._news.wait(seconds)
+            self._news.clear()
 
     def close(self) -> None:
         try:
@@ -155,6 +163,7 @@ class Fetcher:
 
     async def _fetch(self, fetch: Fetch) -> None:
         begun = time.monotonic()
+        self._under_way += 1
         try:
             outcome, file = await self._obtain(fetch.wanted, begun + self._options.timeout_s)
         except Exception as error:
@@ -165,6 +174,9 @@ class Fetcher:
             self._tally.obtained(outcome, time.monotonic() - begun, file.description.nbytes)
             if not fetch.finish(file):
                 self._files.remove(file.name)
+        finally:
+            self._under_way -= 1
+            self._news.set()
 
     async def _obtain(self, wanted: Wanted, ends: float) -> tuple[str, LocalFile]:
         """Ask until there is a file, or an end of asking."""

@@ -162,6 +162,10 @@ class SchedulerHalf:
                 self._drop_if_unneeded(identifier, entry)
         return loads
 
+    @property
+    def steps_under_way(self) -> int:
+        return self._scheduled - self._run
+
     def step_has_run(self) -> None:
         """The oldest step that was scheduled has run on every worker."""
         self._run += 1
