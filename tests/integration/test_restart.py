@@ -103,7 +103,6 @@ def test_one_sidecar_killed_and_restarted_under_two_tensor_parallel_workers(
         assert statuses == {200: REQUESTS}
         assert server.metric(ITEMS, outcome="encoded_locally") == server.metric(ITEMS, outcome="failed") == 0
         assert server.ask("and one more?", noise_png(2)).ok
-    assert not list(tmp_path.glob("epd-vllm-*")), "the connector left files behind"
 
 
 def test_of_two_sidecars_one_is_killed_then_both(
