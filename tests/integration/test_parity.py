@@ -61,7 +61,9 @@ def check(name: str, plain: dict[str, Any], answers: dict[str, Any]) -> None:
     for request, answer in ours.items():
         assert answer["tokens"] == theirs[request]["tokens"], request
         apart = max(apart, *(abs(a - b) for a, b in zip(answer["logprobs"], theirs[request]["logprobs"], strict=True)))
-    print(f"\n{name}: {len(ours)} answers, tokens equal, logprobs at most {apart:.1e} apart, tower called 0 times", end="")
+    print(
+        f"\n{name}: {len(ours)} answers, tokens equal, logprobs at most {apart:.1e} apart, tower called 0 times", end=""
+    )
     assert apart <= LOGPROBS_APART
 
 

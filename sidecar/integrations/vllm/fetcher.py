@@ -131,10 +131,12 @@ class Fetcher:
         self._known = asyncio.ensure_future(asyncio.to_thread(self._identity.establish))
 
     async def _close(self) -> None:
-        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        tasks = asyncio.all_tasks() - {asyncio.current_task()} - self._releases
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        # A sidecar that drains waits for its leases.
+        await asyncio.gather(*self._releases, return_exceptions=True)
         if self._sidecars is not None:
             await self._sidecars.close()
 

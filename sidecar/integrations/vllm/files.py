@@ -46,9 +46,13 @@ class LocalFiles:
         """
         for left in parent.glob(_PREFIX + "*"):
             _remove_if_left(left)
-        self.path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))  # of mode 0700
-        self._lock = os.open(self.path / _LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
-        fcntl.flock(self._lock, fcntl.LOCK_EX)
+        while True:
+            self.path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))  # of mode 0700
+            self._lock = os.open(self.path / _LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+            fcntl.flock(self._lock, fcntl.LOCK_EX)
+            if (self.path / _LOCK).exists():
+                break
+            os.close(self._lock)  # another process that starts now took it for one left behind, while it was not locked yet
         self._numbers = itertools.count()
         # Where vLLM ends without a word to its connector, as in a script.
         self._remove_all = weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)

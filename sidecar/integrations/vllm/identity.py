@@ -129,7 +129,7 @@ def checkpoint_fingerprint(directory: Path, pixels: PixelSpec) -> str:
     Raises:
         OSError, ValueError, KeyError: if the vision tensors cannot be read, or are no floats.
     """
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     tower = TowerSpec.from_config(json.loads((directory / "config.json").read_text(encoding="utf-8")))
     index = directory / _INDEX
@@ -139,10 +139,13 @@ def checkpoint_fingerprint(directory: Path, pixels: PixelSpec) -> str:
         shards = {shard for name, shard in weight_map.items() if name.startswith(VISION_PREFIXES)}
     hashes = {}
     for shard in sorted(shards):
-        with safe_open(directory / shard, framework="pt") as opened:
-            for name in opened.keys():  # noqa: SIM118  # not a mapping
-                if prefix := next((prefix for prefix in VISION_PREFIXES if name.startswith(prefix)), None):
-                    hashes[name.removeprefix(prefix)] = _hash(name, opened.get_tensor(name))
+        try:
+            with safe_open(directory / shard, framework="pt") as opened:
+                for name in opened.keys():  # noqa: SIM118  # not a mapping
+                    if prefix := next((prefix for prefix in VISION_PREFIXES if name.startswith(prefix)), None):
+                        hashes[name.removeprefix(prefix)] = _hash(name, opened.get_tensor(name))
+        except SafetensorError as error:
+            raise ValueError(f"{shard} is no safetensors file: {error}") from error
     if not hashes:
         raise ValueError("it holds no vision tensors in safetensors")
     return fingerprint(tower, pixels, hashes)

@@ -66,7 +66,7 @@ class Options:
             raise OptionsError(
                 f"ec_connector_extra_config has no option {', '.join(unknown)}; there are {', '.join(sorted(known))}"
             )
-        if "address" not in config:
+        if config.get("address") is None:
             raise OptionsError('ec_connector_extra_config needs "address": "host:port" of a sidecar, or a list of them')
         values = {name: value for name, value in config.items() if value is not None}
         if "load_tower" not in values and os.environ.get("EPD_VLLM_LOAD_TOWER", "").lower() in ("0", "false", "no"):
@@ -118,7 +118,8 @@ class Options:
         return f"{families.pop()}:{','.join(address for _, address in resolved)}"
 
     def _check(self) -> None:
-        if not self.addresses or not all(isinstance(address, str) and address for address in self.addresses):
+        given = isinstance(self.address, (str, list, tuple)) and len(self.address) > 0
+        if not given or not all(isinstance(address, str) and address for address in self.addresses):
             raise OptionsError('address must be "host:port", or a list of such')
         if len(self.addresses) > 1 and (odd := [each for each in self.addresses if each.startswith(("unix:", "dns:"))]):
             raise OptionsError(f"address: a list may hold host:port only, got {odd[0]}")
@@ -126,10 +127,11 @@ class Options:
             raise OptionsError(f'on_failure must be "local" or "fail", got {self.on_failure!r}')
         if self.may_encode_locally and not self.load_tower:
             raise OptionsError('on_failure "local" needs the tower: set load_tower to true, or on_failure to "fail"')
-        for name in ("timeout_s", "patience_s"):
-            _check(name, getattr(self, name), (int, float))
-            if not getattr(self, name) > 0:
-                raise OptionsError(f"{name.replace('patience', 'unreachable')} must be above 0")
+        for name in ("timeout_s", "unreachable_s"):
+            if (seconds := getattr(self, name)) is not None:
+                _check(name, seconds, (int, float))
+                if not seconds > 0:
+                    raise OptionsError(f"{name} must be above 0, got {seconds}")
         for name in ("attempts", "ahead_bytes"):
             _check(name, getattr(self, name), int)
             if getattr(self, name) < 1:

@@ -29,6 +29,7 @@ logger = logging.getLogger("vllm." + __name__)
 # Bytes of an embedding that is not there yet are counted at the width of bfloat16, which artifacts give unless told otherwise.
 _VALUE_BYTES = 2
 _SAY_EVERY_S = 1.0
+_NAMED_TWICE = "its uuid was given to another picture before"
 
 
 class Obtains(Protocol):
@@ -99,11 +100,15 @@ class SchedulerHalf:
         known = self._requests.get(request.request_id) or self._know(request)
         if known.failed:  # vLLM takes notice of it after the step
             return False
-        needed = [
+        to_prefill = [
             index
             for index, feature in enumerate(request.mm_features)
-            if feature.mm_position.offset + feature.mm_position.length > num_computed_tokens and index not in known.own
+            if feature.mm_position.offset + feature.mm_position.length > num_computed_tokens
         ]
+        for index in known.own.intersection(to_prefill):
+            if self._is_named_as_another(request.mm_features[index]):
+                return self._give_up(request.request_id, known, index, _NAMED_TWICE, has_pixels=False)
+        needed = [index for index in to_prefill if index not in known.own]
         if not needed:
             return True
         if not known.admitted:
@@ -212,21 +217,25 @@ class SchedulerHalf:
         entry = self._entries.get(wanted.key)
         if entry is None:
             entry = self._entries[wanted.key] = _Entry(self._fetcher.start(wanted))
-        elif request_id not in entry.users and entry.fetch.failure is not None:
-            entry.fetch = self._fetcher.start(wanted)  # somebody else's failure is not this request's
+        elif entry.fetch.failure is not None and entry.fetch.wanted.grid == wanted.grid:
+            by_key_only = entry.fetch.wanted.pixels is None and wanted.pixels is not None
+            if request_id not in entry.users or by_key_only:
+                entry.fetch = self._fetcher.start(wanted)  # somebody else's failure is not this request's
         entry.users.add(request_id)
         return entry.fetch
 
     def _is_at_hand(self, request: Any, known: _Request, index: int, fetch: Fetch) -> bool:
+        if fetch.wanted.grid != known.wanted[index].grid:
+            return self._give_up(request.request_id, known, index, _NAMED_TWICE, has_pixels=False)
         if fetch.failure is not None:
             sendable = known.wanted[index].pixels is not None
             return self._give_up(request.request_id, known, index, fetch.failure, has_pixels=sendable)
-        if fetch.file is None:
-            return False
-        if fetch.file.description.grid != known.wanted[index].grid:
-            reason = "its uuid was given to another picture before"
-            return self._give_up(request.request_id, known, index, reason, has_pixels=False)
-        return True
+        return fetch.file is not None
+
+    def _is_named_as_another(self, feature: Any) -> bool:
+        """Whether vLLM, which asks by identifier alone, would be told that an embedding of another size is at hand for it."""
+        entry = self._entries.get(feature.identifier)
+        return entry is not None and entry.fetch.wanted.tokens != feature.mm_position.get_num_embeds()
 
     def _give_up(self, request_id: str, known: _Request, index: int, reason: str, *, has_pixels: bool) -> bool:
         """Leave the item to vLLM's own tower, or fail the request; whether it can go on."""

@@ -1,0 +1,22 @@
+"""How a part is asked whether it can serve. An answer that does not come at once counts as no."""
+
+from __future__ import annotations
+
+import urllib.request
+from collections.abc import Callable
+
+_ANSWER_S = 2.0
+
+
+def answers(url: str) -> Callable[[], bool]:
+    """Whether a GET of the URL is answered with 200."""
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # no proxy between us and loopback
+
+    def ask() -> bool:
+        try:
+            with direct.open(url, timeout=_ANSWER_S) as response:
+                return bool(response.status == 200)
+        except OSError:  # refused, timed out, or any other status
+            return False
+
+    return ask
