@@ -12,7 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help demo test test-browser test-slow test-soak test-torchvision test-serving export serve bench lint format proto optimum-env container container-proof clean
+.PHONY: help demo test test-browser test-slow test-soak test-integration test-torchvision test-serving export serve bench lint format proto optimum-env container container-proof clean
 
 help:
 	@echo "make demo              a toy checkpoint becomes an artifact, is served, and encodes real photos"
@@ -22,6 +22,7 @@ help:
 	@echo "make test-browser      the status page in a real browser"
 	@echo "make test-slow         the tests at real size"
 	@echo "make test-soak         the promises under load, faults and hostile input; 8 minutes, a line of figures each"
+	@echo "make test-integration  a real vLLM and the whole EPD chain on CPU; VLLM=0.31.0 for that version (4 GB, 12 minutes)"
 	@echo "make test-serving      a serving install alone: what it takes and that it serves"
 	@echo "make container         the image TAG=$(TAG); more in deploy/README.md"
 	@echo "make container-proof   the image's steps and a container of it without an engine (root, Debian)"
@@ -45,6 +46,12 @@ test-slow: $(READY)
 
 test-soak: $(READY)
 	$(BIN)/python -m pytest -m soak -s
+
+# vLLM's CPU build in an environment of its own, with NIXL and vLLM's router.
+VLLM ?= 0.32.0
+test-integration: $(READY)
+	PYTHON=$(PYTHON) tests/integration/environment.sh .venv-vllm-$(VLLM) $(VLLM)
+	EPD_VLLM_ENV=.venv-vllm-$(VLLM) $(BIN)/python -m pytest -m integration -s
 
 # Debian's browser and its driver, where they are missing; elsewhere install chromium and chromedriver by hand.
 test-browser: $(READY)

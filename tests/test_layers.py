@@ -35,6 +35,10 @@ ALLOWED = {
         *("sidecar.integrations.chat_images", "sidecar.integrations.tensor_file"),
     ),
     "sidecar/integrations/tensor_file.py": ("sidecar.vision",),
+    "sidecar/integrations/vllm/": (
+        *("sidecar.client", "sidecar.replies", "sidecar.items", "sidecar.credentials"),
+        *("sidecar.store_file", "sidecar.artifact", "sidecar.vision", "sidecar.pb"),
+    ),
     "sidecar/client.py": (
         *("sidecar.channel", "sidecar.credentials", "sidecar.exchange", "sidecar.items", "sidecar.replies"),
         *("sidecar.pb", "sidecar.vision"),
@@ -63,13 +67,13 @@ ALLOWED = {
 }
 # Heavy packages and the only places that may import them.
 HEAVY = {
-    "torch": ("sidecar/vision/tower.py", "sidecar/runtimes/torch.py", "export/"),
+    "torch": ("sidecar/vision/tower.py", "sidecar/runtimes/torch.py", "sidecar/integrations/vllm/", "export/"),
     "transformers": ("export/optimum_child.py",),
-    "vllm": (),
+    "vllm": ("sidecar/integrations/vllm/",),
     "dynamo": (),
     "openvino": ("sidecar/runtimes/openvino.py", "sidecar/runtimes/optimum.py", "export/"),
     "onnxruntime": ("sidecar/runtimes/onnx.py",),
-    "prometheus_client": ("sidecar/monitoring/",),
+    "prometheus_client": ("sidecar/monitoring/", "sidecar/integrations/vllm/"),
     "aiohttp": ("sidecar/urls/",),
     "opentelemetry": ("sidecar/monitoring/tracing.py",),
 }
@@ -119,3 +123,11 @@ def test_serving_imports_neither_torch_nor_transformers() -> None:
     code = "import sidecar.server.app, sidecar.runtimes.openvino, sidecar.client, sys; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert not {"torch", "transformers", "onnxruntime", "huggingface_hub"} & set(loaded)
+
+
+def test_the_connector_imports_neither_server_nor_vllm_before_vllm_asks() -> None:
+    own = "options, files, features, fetcher, scheduler_half, identity"
+    code = f"import sys; from sidecar.integrations.vllm import {own}; print(*sys.modules)"
+    command = [sys.executable, "-c", code]
+    loaded = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout.split()
+    assert not {"openvino", "sidecar.engine", "sidecar.runtimes", "sidecar.server", "vllm", "torch"} & set(loaded)

@@ -61,7 +61,9 @@ def spared(server: VllmServer, faulty: FaultySidecar) -> None:
     assert server.ask("and text alone").ok
 
 
-def test_where_vllm_has_its_tower_it_answers_all_the_same(toy_checkpoint: Path, sidecar: Server, tmp_path: Path) -> None:
+def test_where_vllm_has_its_tower_it_answers_all_the_same(
+    toy_checkpoint: Path, sidecar: Server, tmp_path: Path
+) -> None:
     with FaultySidecar(sidecar.address) as faulty:
         options = {"address": faulty.address, "timeout_s": 3.0, "attempts": 2}
         with vllm_server(toy_checkpoint, tmp_path / "vllm.log", connector=options) as server:

@@ -24,7 +24,7 @@ from PIL import Image
 
 ROOT = Path(__file__).parents[2]
 # `make test-integration` says where it is.
-VLLM_ENVIRONMENT = Path(os.environ.get("EPD_VLLM_ENV", ROOT / ".venv-vllm")).absolute()
+VLLM_ENVIRONMENT = Path(os.environ.get("EPD_VLLM_ENV", ROOT / ".venv-vllm-0.32.0")).absolute()
 START_S, ANSWER_S = 240.0, 120.0
 
 

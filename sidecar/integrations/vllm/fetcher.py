@@ -86,6 +86,7 @@ class Fetcher:
         self._files = files
         self._tally = tally
         self._sidecars: Sidecars | None = None
+        self._tasks: set[asyncio.Task[Any]] = set()
         self._releases: set[asyncio.Task[None]] = set()
         self._under_way = 0
         self._news = threading.Event()
@@ -131,7 +132,8 @@ class Fetcher:
         self._known = asyncio.ensure_future(asyncio.to_thread(self._identity.establish))
 
     async def _close(self) -> None:
-        tasks = asyncio.all_tasks() - {asyncio.current_task()} - self._releases
+        # Not every task of the loop: gRPC has one for each call, of releases too.
+        tasks = [self._known, *self._tasks]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -140,8 +142,16 @@ class Fetcher:
         if self._sidecars is not None:
             await self._sidecars.close()
 
+    def _end_on_close(self) -> None:
+        """The task that calls this is cancelled by `close`."""
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
     async def _meet_first(self) -> None:
         """Tell the operator early whether the sidecar is there and holds the same model."""
+        self._end_on_close()
         told = ""
         while True:
             try:
@@ -164,6 +174,7 @@ class Fetcher:
         self._sidecars.learn_store(info)
 
     async def _fetch(self, fetch: Fetch) -> None:
+        self._end_on_close()
         begun = time.monotonic()
         self._under_way += 1
         try:

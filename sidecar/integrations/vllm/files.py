@@ -52,7 +52,8 @@ class LocalFiles:
             fcntl.flock(self._lock, fcntl.LOCK_EX)
             if (self.path / _LOCK).exists():
                 break
-            os.close(self._lock)  # another process that starts now took it for one left behind, while it was not locked yet
+            # Another process that starts now took it for one left behind, while it was not locked yet.
+            os.close(self._lock)
         self._numbers = itertools.count()
         # Where vLLM ends without a word to its connector, as in a script.
         self._remove_all = weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
