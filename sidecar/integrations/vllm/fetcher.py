@@ -88,7 +88,7 @@ class Fetcher:
         self._sidecars: Sidecars | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
         self._releases: set[asyncio.Task[None]] = set()
-        self._under_way = 0
+        self._under_way: set[Fetch] = set()
         self._news = threading.Event()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="epd-connector", daemon=True)
@@ -99,7 +99,9 @@ class Fetcher:
 
     def start(self, wanted: Wanted) -> Fetch:
         fetch = Fetch(wanted)
+        self._under_way.add(fetch)
         fetch.future = self._run(self._fetch(fetch))
+        fetch.future.add_done_callback(lambda _: self._has_ended(fetch))
         return fetch
 
     def cancel(self, fetch: Fetch) -> None:
@@ -114,6 +116,10 @@ class Fetcher:
         if self._under_way:
             self._news.wait(seconds)
             self._news.clear()
+
+    def _has_ended(self, fetch: Fetch) -> None:
+        self._under_way.discard(fetch)
+        self._news.set()
 
     def close(self) -> None:
         try:
@@ -176,7 +182,6 @@ class Fetcher:
     async def _fetch(self, fetch: Fetch) -> None:
         self._end_on_close()
         begun = time.monotonic()
-        self._under_way += 1
         try:
             outcome, file = await self._obtain(fetch.wanted, begun + self._options.timeout_s)
         except Exception as error:
@@ -187,9 +192,6 @@ class Fetcher:
             self._tally.obtained(outcome, time.monotonic() - begun, file.description.nbytes)
             if not fetch.finish(file):
                 self._files.remove(file.name)
-        finally:
-            self._under_way -= 1
-            self._news.set()
 
     async def _obtain(self, wanted: Wanted, ends: float) -> tuple[str, LocalFile]:
         """Ask until there is a file, or an end of asking."""
