@@ -19,7 +19,7 @@ from deploy.launch.processes import descendants
 # Two chains that start together share the cores of a small machine.
 READY_S = 400
 _ENDS_S = 60.0
-_VLLM_ARGS = """--served-model-name toy --dtype float32 --max-model-len 2048 --max-num-seqs 4
+VLLM_ARGS = """--served-model-name toy --dtype float32 --max-model-len 2048 --max-num-seqs 4
 --limit-mm-per-prompt '{"image":4,"video":0}'"""
 
 
@@ -30,7 +30,7 @@ class EpdChain:
         """`environment` beside the tests' own; an image is answered with a sidecar's embedding or with an error, unless it says
         otherwise."""
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(("EPD_", "DYN_"))}
-        inherited |= {"PYTHON": sys.executable, "VLLM": str(VLLM_ENVIRONMENT / "bin" / "vllm"), "VLLM_ARGS": _VLLM_ARGS}
+        inherited |= {"PYTHON": sys.executable, "VLLM": str(VLLM_ENVIRONMENT / "bin" / "vllm"), "VLLM_ARGS": VLLM_ARGS}
         inherited |= {"ENCODER_ARGS": "--precision f32 --embedding-dtype float32", "LOG_DIR": str(logs)}
         inherited |= {"CONNECTOR_OPTIONS": '{"on_failure": "fail"}', "READY_SECONDS": str(READY_S)}
         inherited |= {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
