@@ -135,9 +135,10 @@ class Sidecars:
 
 
 class Half(SchedulerHalf):
-    def __init__(self, *, local: bool = True, ahead: int = 1 << 30) -> None:
+    def __init__(self, *, local: bool = True, ahead: int = 1 << 30, cached_tokens: int = 1 << 17) -> None:
         self.sidecars, self.tally = Sidecars(), Tally()
-        super().__init__(self.sidecars, self.sidecars, self.tally, TOWER, encodes_locally=local, ahead_bytes=ahead)
+        bounds = {"ahead_bytes": ahead, "cached_tokens": cached_tokens}
+        super().__init__(self.sidecars, self.sidecars, self.tally, TOWER, encodes_locally=local, **bounds)
 
     def schedule(self, *pairs: tuple[Request, int], evicted: Iterable[str] = ()) -> dict[str, LocalFile]:
         """One step with these items."""

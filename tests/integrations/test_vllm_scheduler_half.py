@@ -251,3 +251,16 @@ def test_a_gone_sidecar_costs_a_line_a_second_and_not_one_for_each_request(caplo
             half.ensure_cache_available(each, 0)
     assert 1 <= len(caplog.records) < 50
     assert "vLLM encodes it itself: UNAVAILABLE: nobody is there" in caplog.records[0].getMessage()
+
+
+def test_files_of_a_cache_that_vllm_has_reset_do_not_stay_for_good() -> None:
+    half = Half(cached_tokens=3)
+    for number in range(8):  # vLLM tells of no eviction
+        one = request(f"r{number}", f"picture-{number}")
+        half.ensure_cache_available(one, 0)
+        half.sidecars.succeed_all()
+        half.schedule((one, 0))
+        half.step_has_run()
+        half.request_finished(one)
+    assert len(half.sidecars.files) == 3
+    assert half.has_cache_item("picture-7") and not half.has_cache_item("picture-0")

@@ -23,6 +23,8 @@ from sidecar.integrations.vllm.worker_half import WorkerHalf
 from sidecar.vision.spec import TowerSpec
 
 _ROLE = "ec_consumer"
+# Tokens of the longest video that Qwen2.5-VL takes; vLLM's encoder cache has room for any one item.
+_LONGEST_ITEM = 24576
 # With nothing to run, vLLM takes step after step to see whether an embedding has come, a thousand a second, each of which goes to
 # all workers: that would take the cores from a sidecar on the same host. What arrives meanwhile waits no longer than this.
 _IDLE_S = 0.005
@@ -66,6 +68,7 @@ class EncoderSidecarConnector(ECConnectorBase):
             tower,
             encodes_locally=options.may_encode_locally,
             ahead_bytes=options.ahead_bytes,
+            cached_tokens=2 * max(vllm_config.scheduler_config.encoder_cache_size, _LONGEST_ITEM),
         )
 
     # In a worker.

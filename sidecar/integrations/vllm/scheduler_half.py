@@ -76,16 +76,20 @@ class SchedulerHalf:
         *,
         encodes_locally: bool,
         ahead_bytes: int,
+        cached_tokens: int = 1 << 17,
     ) -> None:
         """
         Args:
             encodes_locally: whether vLLM's own tower takes what sidecars could not give.
             ahead_bytes: most that embeddings of waiting requests may take; one request always may.
+            cached_tokens: more than vLLM's encoder cache ever holds.
         """
         self._fetcher, self._files, self._tally, self._tower = fetcher, files, tally, tower
         self._encodes_locally = encodes_locally
         self._ahead_bytes = ahead_bytes
+        self._cached_tokens = cached_tokens
         self._entries: dict[str, _Entry] = {}
+        self._cached: dict[str, int] = {}
         self._requests: dict[str, _Request] = {}
         self._admitted_bytes = 0
         self._unavailable: set[str] = set()
@@ -130,6 +134,7 @@ class SchedulerHalf:
         entry = self._entries.get(identifier)
         if entry is not None and entry.fetch.file is not None:
             entry.cached_by_vllm = True
+            self._cached[identifier] = entry.fetch.wanted.tokens
             self._loads[identifier] = entry.fetch.file
 
     def update_state_after_free(self, request: Any, index: int) -> None:
@@ -161,11 +166,19 @@ class SchedulerHalf:
         loads, self._loads = self._loads, {}
         self._scheduled += 1
         for identifier in evicted:
-            entry = self._entries.get(identifier)
-            if entry is not None and identifier not in loads:
-                entry.cached_by_vllm = False
-                self._drop_if_unneeded(identifier, entry)
+            if identifier not in loads:
+                self._has_been_evicted(identifier)
+        # vLLM tells nobody when it resets its cache; what is in it no longer would stay here for good.
+        while loads and sum(self._cached.values()) > self._cached_tokens:
+            self._has_been_evicted(next(iter(self._cached)))
         return loads
+
+    def _has_been_evicted(self, identifier: str) -> None:
+        self._cached.pop(identifier, None)
+        entry = self._entries.get(identifier)
+        if entry is not None:
+            entry.cached_by_vllm = False
+            self._drop_if_unneeded(identifier, entry)
 
     @property
     def steps_under_way(self) -> int:
