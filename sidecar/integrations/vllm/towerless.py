@@ -14,7 +14,7 @@ from typing import Any
 import vllm
 from vllm.model_executor.models.interfaces import SupportsMultiModal
 
-from sidecar.integrations.vllm.compatibility import TESTED
+from sidecar.integrations.vllm.compatibility import TESTED, is_tested
 
 logger = logging.getLogger("vllm." + __name__)
 
@@ -39,7 +39,7 @@ def leave_out_towers() -> None:
     Raises:
         TowerlessError: if this vLLM is of another version than this was tested with.
     """
-    if not vllm.__version__.startswith(TESTED) or not hasattr(SupportsMultiModal, _MARK):
+    if not is_tested(vllm.__version__) or not hasattr(SupportsMultiModal, _MARK):
         raise TowerlessError(
             f"leaving out the tower works with vLLM {', '.join(TESTED)}, this is {vllm.__version__}: take load_tower: false away"
         )
