@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -68,6 +68,9 @@ class Server:
         found = re.search(rf"{name}:\s+(\d+) kB", status)
         assert found, status
         return int(found[1]) * 1024
+
+
+StartServer = Callable[..., Server]
 
 
 def spawn(artifact: Path, directory: Path, *flags: str, listen: str) -> tuple[subprocess.Popen[bytes], Path]:

@@ -13,9 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import StartServer
 from faulty_sidecar import Fault, FaultySidecar
-from servers import Server, spawn
+from servers import Server, StartServer, spawn
 
 from sidecar.artifact import open_artifact
 from sidecar.client import EncoderClient

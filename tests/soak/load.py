@@ -34,7 +34,6 @@ OWN_CONNECTION = (("grpc.use_local_subchannel_pool", 1),)
 PATIENCE_S = 120.0
 
 Outcome = Embedding | ItemError | EncodeError
-StartServer = Callable[..., Server]
 
 
 def picture_item(number: int, side: int = 56, key: str = "") -> Item:

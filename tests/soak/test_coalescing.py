@@ -9,7 +9,6 @@ import pytest
 from load import (
     PATIENCE_S,
     QUICK,
-    StartServer,
     all_at_once,
     engine,
     is_idle,
@@ -21,7 +20,7 @@ from load import (
     slow_item,
     wait_until,
 )
-from servers import Server
+from servers import Server, StartServer
 
 from sidecar.client import Embedding, ItemError
 from sidecar.items import image_item

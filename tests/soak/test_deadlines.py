@@ -10,7 +10,6 @@ import pytest
 from google.rpc.error_details_pb2 import ErrorInfo
 from load import (
     QUICK,
-    StartServer,
     all_at_once,
     engine,
     is_idle,
@@ -21,7 +20,7 @@ from load import (
     slow_item,
     wait_until,
 )
-from servers import Server
+from servers import Server, StartServer
 
 from sidecar.client import Embedding, EncodeError, EncoderClient, ItemError
 

@@ -11,9 +11,9 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from load import QUICK, StartServer, open_clients, outcome_of, picture_item, store_of, tally, wait_until
+from load import QUICK, open_clients, outcome_of, picture_item, store_of, tally, wait_until
 from safetensors.numpy import load_file
-from servers import Server, exit_code, start
+from servers import Server, StartServer, exit_code, start
 
 from sidecar.client import AsyncEncoderClient, EncodeError, EncoderClient, ItemError
 

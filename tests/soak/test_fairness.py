@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 
 import pytest
-from load import QUICK, StartServer, engine, flooded, percentile, slow_item, wait_until
-from servers import Server
+from load import QUICK, engine, flooded, percentile, slow_item, wait_until
+from servers import Server, StartServer
 
 from sidecar.client import Embedding, EncoderClient
 

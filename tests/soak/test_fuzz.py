@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from load import QUICK, StartServer, picture_item
+from load import QUICK, picture_item
 from PIL import Image, features
-from servers import Server
+from servers import Server, StartServer
 
 from sidecar.client import Embedding
 from sidecar.items import image_item, patches_item, rgb_image_item, rgb_video_item

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from load import QUICK, StartServer, engine, flooded, percentile, slow_item, wait_until
-from servers import Server
+from load import QUICK, engine, flooded, percentile, slow_item, wait_until
+from servers import Server, StartServer
 
 pytestmark = pytest.mark.soak
 

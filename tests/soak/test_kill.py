@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from load import EXACT, QUICK, StartServer, open_clients, outcome_of, picture_item
+from load import EXACT, QUICK, open_clients, outcome_of, picture_item
 from safetensors.numpy import load_file
-from servers import Server, start
+from servers import Server, StartServer, start
 
 from sidecar.client import AsyncEncoderClient, Embedding, Item
 from sidecar.store_file import FILE_NAME

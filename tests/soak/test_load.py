@@ -11,7 +11,6 @@ import pytest
 from load import (
     QUICK,
     REFUSALS,
-    StartServer,
     all_at_once,
     closed_loop,
     is_idle,
@@ -25,7 +24,7 @@ from load import (
     threads,
     wait_until,
 )
-from servers import Server
+from servers import Server, StartServer
 
 from sidecar.client import AsyncEncoderClient
 

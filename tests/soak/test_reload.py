@@ -16,7 +16,6 @@ from load import (
     EXACT,
     QUICK,
     Outcome,
-    StartServer,
     memory_bytes,
     open_clients,
     outcome_of,
@@ -24,7 +23,7 @@ from load import (
     threads,
     wait_until,
 )
-from servers import Server
+from servers import Server, StartServer
 
 from sidecar.client import AsyncEncoderClient, Embedding
 from sidecar.vision.dtypes import Array

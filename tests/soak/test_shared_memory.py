@@ -16,7 +16,6 @@ import pytest
 from load import (
     EXACT,
     QUICK,
-    StartServer,
     closed_loop,
     engine,
     open_clients,
@@ -25,7 +24,7 @@ from load import (
     wait_until,
 )
 from safetensors.numpy import load_file
-from servers import ROOT, Server
+from servers import ROOT, Server, StartServer
 
 from sidecar.client import Embedding, EncoderClient, ItemError
 from sidecar.store_file import FILE_NAME

@@ -6,7 +6,8 @@ import asyncio
 from collections import Counter
 
 import pytest
-from load import QUICK, StartServer, closed_loop, engine, open_clients, picture_item
+from load import QUICK, closed_loop, engine, open_clients, picture_item
+from servers import StartServer
 
 pytestmark = pytest.mark.soak
 
