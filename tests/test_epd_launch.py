@@ -167,7 +167,10 @@ def test_what_the_user_set_stays(commands):
     ("given", "words"),
     [
         ({"DEVICE_PLATFORM": "tpu"}, "DEVICE_PLATFORM must be one of cpu, cuda, xpu, got 'tpu'"),
-        ({"VLLM": "no-such-vllm"}, "there is no command no-such-vllm: VLLM can name it"),
+        (
+            {"VLLM": "no-such-vllm"},
+            "there is no command no-such-vllm: say where it is, VLLM=/path/to/no-such-vllm epd.sh",
+        ),
         ({"CONNECTOR_OPTIONS": "{"}, "CONNECTOR_OPTIONS is not JSON"),
         ({"CONNECTOR_OPTIONS": "[]"}, "CONNECTOR_OPTIONS must be a JSON object"),
         ({"VLLM_ARGS": "--chat-template 'a"}, "VLLM_ARGS: no closing quotation"),
@@ -193,7 +196,7 @@ def launch(commands: Path, *arguments: str, **given: str) -> subprocess.Popen[st
 @pytest.mark.parametrize(
     ("arguments", "given", "words"),
     [
-        (("random:toy",), {}, "there is no artifact in artifacts/random-toy: first `make export MODEL=random:toy`"),
+        (("random:toy",), {}, "vLLM cannot load random:toy: give a checkpoint's directory"),
         (("model",), {"CONNECTOR": "maybe"}, "CONNECTOR must be on or off, got 'maybe'"),
         (
             ("model",),

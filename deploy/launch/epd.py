@@ -166,11 +166,17 @@ def _seconds(given: Mapping[str, str], variable: str, default: str) -> float:
 def _program(name: str, variable: str) -> str:
     found = shutil.which(name)
     if found is None:
-        raise SettingsError(f"there is no command {name}: {variable} can name it")
+        raise SettingsError(
+            f"there is no command {name}: say where it is, {variable}=/path/to/{Path(name).name} epd.sh …"
+        )
     return found
 
 
 def _artifact(options: argparse.Namespace, given: Mapping[str, str]) -> Path | None:
+    if options.model.startswith("random:"):
+        raise SettingsError(
+            f"vLLM cannot load {options.model}: give a checkpoint's directory, such as demo/checkpoint-toy"
+        )
     connector = given.get("CONNECTOR", "on")
     if connector not in ("on", "off"):
         raise SettingsError(f"CONNECTOR must be on or off, got {connector!r}")
@@ -179,9 +185,10 @@ def _artifact(options: argparse.Namespace, given: Mapping[str, str]) -> Path | N
     # `make export` writes it there.
     artifact: Path = options.artifact or Path("artifacts") / options.model.replace(":", "-").replace("/", "--")
     if not (artifact / "manifest.json").is_file():
-        raise SettingsError(
-            f"there is no artifact in {artifact}: first `make export MODEL={options.model}`, or name another"
+        advice = (
+            f"{artifact} has no manifest.json" if options.artifact else f"first `make export MODEL={options.model}`"
         )
+        raise SettingsError(f"there is no artifact in {artifact}: {advice}, or name another")
     return artifact
 
 

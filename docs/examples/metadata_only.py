@@ -15,6 +15,7 @@ import argparse
 import base64
 import json
 import urllib.request
+from mimetypes import guess_type
 from pathlib import Path
 
 from sidecar.client import EncoderClient
@@ -28,7 +29,9 @@ parser.add_argument("--store", default="/dev/shm/epd-encoder", help="the sidecar
 parser.add_argument("--vllm", default="http://127.0.0.1:8000")
 options = parser.parse_args()
 
-photos = [f"data:image/jpeg;base64,{base64.b64encode(photo.read_bytes()).decode()}" for photo in options.photo]
+photos = [
+    f"data:{guess_type(photo)[0]};base64,{base64.b64encode(photo.read_bytes()).decode()}" for photo in options.photo
+]
 images = [{"type": "image_url", "image_url": {"url": url}} for url in photos]
 question = {"type": "text", "text": options.question}
 request = {"messages": [{"role": "user", "content": [*images, question]}], "max_tokens": 64, "temperature": 0}

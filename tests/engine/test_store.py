@@ -444,7 +444,7 @@ def test_the_default_capacity_is_half_of_the_file_system_within_reason(tmp_path:
 SIZES = st.lists(st.integers(1, 60_000), min_size=40, max_size=120)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(sizes=SIZES, capacity=st.integers(50_000, 400_000))
 def test_eight_writers_never_outgrow_the_store_nor_lose_what_is_leased(sizes: list[int], capacity: int) -> None:
     with shared_memory() as place:

@@ -264,3 +264,15 @@ def test_files_of_a_cache_that_vllm_has_reset_do_not_stay_for_good() -> None:
         half.request_finished(one)
     assert len(half.sidecars.files) == 3
     assert half.has_cache_item("picture-7") and not half.has_cache_item("picture-0")
+
+
+def test_a_picture_that_a_session_adds_later_is_waited_for() -> None:
+    half = Half()
+    session = request("session", "a")
+    half.ensure_cache_available(session, 0)
+    half.sidecars.succeed_all()
+    assert half.ensure_cache_available(session, 0)
+    session.mm_features += request("more", "a", "b").mm_features[1:]
+    assert not half.ensure_cache_available(session, 1)
+    half.sidecars.succeed_all()
+    assert half.ensure_cache_available(session, 1) and half.has_cache_item("b")

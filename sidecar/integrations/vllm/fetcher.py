@@ -183,7 +183,7 @@ class Fetcher:
         self._end_on_close()
         begun = time.monotonic()
         try:
-            outcome, file = await self._obtain(fetch.wanted, begun + self._options.timeout_s)
+            outcome, file = await self._obtain(fetch.wanted, begun + self._options.item_s)
         except Exception as error:
             if not isinstance(error, (ClientError, MismatchError, WrongEmbeddingError, OSError, ValueError)):
                 logger.exception("a defect in fetching an embedding")
@@ -228,7 +228,7 @@ class Fetcher:
             await self._meet()
         assert self._sidecars is not None
         timeout_s = ends - time.monotonic()
-        if len(self._options.addresses) > 1 and asks < self._options.attempts:
+        if self._options.may_be_several and asks < self._options.attempts:
             timeout_s /= 2  # one that hangs leaves time for another
         if timeout_s <= 0:
             raise EncodeError("DEADLINE_EXCEEDED", "its time was over before a sidecar was asked")
@@ -249,7 +249,7 @@ class Fetcher:
 
     async def _by_key(self, key: str, timeout_s: float) -> tuple[AsyncEncoderClient, Embedding]:
         assert self._sidecars is not None
-        clients = self._sidecars.each if self._sidecars.linking is None else [self._sidecars.linking]
+        clients = await self._sidecars.each()
         failure: EncodeError | None = None
         for client in clients:
             try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import re
 import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -11,6 +12,10 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 OnFailure = Literal["local", "fail"]
+_LONGEST_S = 86400
+_PORT = re.compile(r":\d{1,5}$")
+_FINGERPRINT = re.compile(r"[0-9a-f]{64}")
+_KINDS = {str: "text", int: "whole number"}
 _SHARED_MEMORY = Path("/dev/shm")
 
 
@@ -25,7 +30,8 @@ class Options:
         `host:port`, among which gRPC deals calls out by the load that each reports.
     on_failure: what becomes of a request whose embedding cannot be had: `local` (vLLM's own tower encodes it) or `fail` (that
         request alone is answered with an error). Unset, it is `local` where vLLM has its tower and `fail` where not.
-    timeout_s: how long an item may take, from the first ask to the checked file, retries included.
+    timeout_s: how long an item may take, from the first ask to the checked file, retries included. Unset, 20 s where vLLM can
+        encode by itself, else 60.
     unreachable_s: how much of that is spent on sidecars that cannot be reached. Unset, 2 s where vLLM can encode by itself,
         else all of it.
     attempts: how often an item is asked for again after an answer that is wrong, or an internal error.
@@ -42,7 +48,7 @@ class Options:
 
     address: str | Sequence[str]
     on_failure: OnFailure | None = None
-    timeout_s: float = 60.0
+    timeout_s: float | None = None
     unreachable_s: float | None = None
     attempts: int = 3
     store: str = "auto"
@@ -88,15 +94,27 @@ class Options:
         return self.on_failure or ("local" if self.load_tower else "fail")
 
     @property
+    def item_s(self) -> float:
+        """For one item."""
+        if self.timeout_s is not None:
+            return self.timeout_s
+        return 20.0 if self.may_encode_locally else 60.0
+
+    @property
     def patience_s(self) -> float:
         """For sidecars that cannot be reached."""
         if self.unreachable_s is not None:
-            return self.unreachable_s
-        return min(2.0, self.timeout_s) if self.may_encode_locally else self.timeout_s
+            return min(self.unreachable_s, self.item_s)
+        return min(2.0, self.item_s) if self.may_encode_locally else self.item_s
 
     @property
     def addresses(self) -> list[str]:
         return [self.address] if isinstance(self.address, str) else list(self.address)
+
+    @property
+    def may_be_several(self) -> bool:
+        """Whether two calls may reach two sidecars."""
+        return len(self.addresses) > 1 or self.addresses[0].startswith("dns:")
 
     @property
     def uses_tls(self) -> bool:
@@ -111,7 +129,7 @@ class Options:
         """
         if len(self.addresses) == 1:
             return self.addresses[0]
-        resolved = [_resolve(address) for address in self.addresses]
+        resolved = [resolve(address)[0] for address in self.addresses]
         families = {family for family, _ in resolved}
         if len(families) > 1:
             raise OptionsError("address: a list must be of IPv4 addresses or of IPv6 addresses, not of both")
@@ -123,6 +141,10 @@ class Options:
             raise OptionsError('address must be "host:port", or a list of such')
         if len(self.addresses) > 1 and (odd := [each for each in self.addresses if each.startswith(("unix:", "dns:"))]):
             raise OptionsError(f"address: a list may hold host:port only, got {odd[0]}")
+        for address in self.addresses:
+            is_url = "://" in address and not address.startswith("dns:")
+            if "," in address or is_url or not (address.startswith("unix:") or _PORT.search(address)):
+                raise OptionsError(f"address: {address!r} is not host:port; give several as a JSON list")
         if self.failure not in ("local", "fail"):
             raise OptionsError(f'on_failure must be "local" or "fail", got {self.on_failure!r}')
         if self.may_encode_locally and not self.load_tower:
@@ -130,30 +152,36 @@ class Options:
         for name in ("timeout_s", "unreachable_s"):
             if (seconds := getattr(self, name)) is not None:
                 _check(name, seconds, (int, float))
-                if not seconds > 0:
-                    raise OptionsError(f"{name} must be above 0, got {seconds}")
+                if not 0 < seconds <= _LONGEST_S:
+                    raise OptionsError(f"{name} must be above 0 and at most {_LONGEST_S} (a day), got {seconds}")
         for name in ("attempts", "ahead_bytes"):
             _check(name, getattr(self, name), int)
             if getattr(self, name) < 1:
-                raise OptionsError(f"{name} must be at least 1")
+                raise OptionsError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("load_tower", "tls"):
             if not isinstance(getattr(self, name), bool):
                 raise OptionsError(f"{name} must be true or false, got {getattr(self, name)!r}")
         _check("store", self.store, str)
         if self.store not in ("auto", "off") and not Path(self.store).is_absolute():
             raise OptionsError(f'store must be "auto", "off" or an absolute directory, got {self.store!r}')
-        if self.fingerprint is not None and not (isinstance(self.fingerprint, str) and len(self.fingerprint) == 64):
-            raise OptionsError("fingerprint must be the 64 digits that `python -m sidecar info` prints")
+        if self.fingerprint is not None and not _FINGERPRINT.fullmatch(str(self.fingerprint)):
+            raise OptionsError(
+                f"fingerprint must be the 64 hexadecimal digits that `python -m sidecar info` prints, got {self.fingerprint!r}"
+            )
 
 
 def _check(name: str, value: object, kind: type | tuple[type, ...]) -> None:
     if not isinstance(value, kind) or isinstance(value, bool):
-        wanted = kind.__name__ if isinstance(kind, type) else "number"
+        wanted = _KINDS[kind] if isinstance(kind, type) else "number"
         raise OptionsError(f"{name} must be a {wanted}, got {value!r}")
 
 
-def _resolve(address: str) -> tuple[str, str]:
-    """("ipv4" or "ipv6", numeric address with its port)."""
+def resolve(address: str) -> list[tuple[str, str]]:
+    """("ipv4" or "ipv6", numeric address with its port) of each host behind a name, IPv4 first.
+
+    Raises:
+        OptionsError: if it is not host:port, or its name is not known.
+    """
     host, colon, port = address.rpartition(":")
     host = host.strip("[]")
     if not colon or not port.isdigit() or not host:
@@ -162,7 +190,8 @@ def _resolve(address: str) -> tuple[str, str]:
         found = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)
     except OSError as error:
         raise OptionsError(f"address: {host} cannot be looked up: {error.strerror or error}") from error
-    number = str(sorted(found, key=lambda entry: entry[0] != socket.AF_INET)[0][4][0])
-    if ipaddress.ip_address(number).version == 4:
-        return "ipv4", f"{number}:{port}"
-    return "ipv6", f"[{number}]:{port}"
+    numbers = [str(entry[4][0]) for entry in sorted(found, key=lambda entry: entry[0] != socket.AF_INET)]
+    return [
+        ("ipv4", f"{number}:{port}") if ipaddress.ip_address(number).version == 4 else ("ipv6", f"[{number}]:{port}")
+        for number in dict.fromkeys(numbers)
+    ]

@@ -26,7 +26,7 @@ from sidecar.vision.spec import TowerSpec
 
 logger = logging.getLogger("vllm." + __name__)
 
-# Bytes of an embedding that is not there yet are counted at the width of bfloat16, which artifacts give unless told otherwise.
+# Until the first embedding has come, one is counted in bfloat16, which artifacts give unless told otherwise.
 _VALUE_BYTES = 2
 _SAY_EVERY_S = 1.0
 _NAMED_TWICE = "its uuid was given to another picture before"
@@ -56,9 +56,9 @@ class _Entry:
 class _Request:
     """What is known of a request: `own` are the indices of items that sidecars are not asked for (any more)."""
 
-    wanted: dict[int, Wanted]
-    own: set[int]
-    to_prefill: set[int]
+    wanted: dict[int, Wanted] = field(default_factory=dict)
+    own: set[int] = field(default_factory=set)
+    to_prefill: set[int] = field(default_factory=set)
     nbytes: int = 0
     admitted: bool = False
     failed: bool = False
@@ -88,6 +88,7 @@ class SchedulerHalf:
         self._encodes_locally = encodes_locally
         self._ahead_bytes = ahead_bytes
         self._cached_tokens = cached_tokens
+        self._value_bytes = _VALUE_BYTES
         self._entries: dict[str, _Entry] = {}
         self._cached: dict[str, int] = {}
         self._requests: dict[str, _Request] = {}
@@ -101,7 +102,11 @@ class SchedulerHalf:
 
     def ensure_cache_available(self, request: Any, num_computed_tokens: int) -> bool:
         """Whether every embedding that the request still needs is at hand. Asks for those that are not."""
-        known = self._requests.get(request.request_id) or self._know(request)
+        known = self._requests.get(request.request_id)
+        if known is None:
+            known = self._requests[request.request_id] = _Request()
+        if len(known.wanted) + len(known.own) < len(request.mm_features):  # a session's later parts add some
+            self._know(request, known)
         if known.failed:  # vLLM takes notice of it after the step
             return False
         to_prefill = [
@@ -197,24 +202,22 @@ class SchedulerHalf:
         taken, self._unavailable = self._unavailable, set()
         return taken
 
-    def _know(self, request: Any) -> _Request:
-        wanted: dict[int, Wanted] = {}
-        own: set[int] = set()
-        known = _Request(wanted, own, set())
-        self._requests[request.request_id] = known
+    def _know(self, request: Any, known: _Request) -> None:
+        self._withdraw(known)
         for index, feature in enumerate(request.mm_features):
+            if index in known.wanted or index in known.own:
+                continue
             try:
                 each = wanted_of(feature, self._tower)
             except UnsupportedFeatureError as error:
                 self._give_up(request.request_id, known, index, str(error), has_pixels=has_pixels(feature))
                 continue
             if each is None:
-                own.add(index)
+                known.own.add(index)
             else:
-                wanted[index] = each
-        sizes = {each.key: each.tokens * self._tower.out_hidden_size * _VALUE_BYTES for each in wanted.values()}
-        known.nbytes = sum(sizes.values())
-        return known
+                known.wanted[index] = each
+        tokens = {each.key: each.tokens for each in known.wanted.values()}
+        known.nbytes = sum(tokens.values()) * self._tower.out_hidden_size * self._value_bytes
 
     def _admit(self, known: _Request, needed: list[int]) -> None:
         known.admitted = True
@@ -243,6 +246,8 @@ class SchedulerHalf:
         if fetch.failure is not None:
             sendable = known.wanted[index].pixels is not None
             return self._give_up(request.request_id, known, index, fetch.failure, has_pixels=sendable)
+        if fetch.file is not None:
+            self._value_bytes = fetch.file.description.dtype.storage.itemsize
         return fetch.file is not None
 
     def _is_named_as_another(self, feature: Any) -> bool:
