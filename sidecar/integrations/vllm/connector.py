@@ -48,6 +48,10 @@ class EncoderSidecarConnector(ECConnectorBase):
         options = Options.from_config(transfer.ec_connector_extra_config)
         model = vllm_config.model_config
         tower = TowerSpec.from_config(model.hf_config.to_dict())
+        if model.multimodal_config.mm_processor_cache_type == "shm":
+            raise ValueError(
+                "--mm-processor-cache-type shm keeps the pixels from vLLM's scheduler, where this connector needs them: use lru"
+            )
         if not options.load_tower:
             check_profiling(model)
         if role is ECConnectorRole.WORKER:

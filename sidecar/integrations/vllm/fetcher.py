@@ -187,7 +187,8 @@ class Fetcher:
         except Exception as error:
             if not isinstance(error, (ClientError, MismatchError, WrongEmbeddingError, OSError, ValueError)):
                 logger.exception("a defect in fetching an embedding")
-            fetch.failure = str(error) or type(error).__name__
+            spent_s, asked = time.monotonic() - begun, ", ".join(self._options.addresses)
+            fetch.failure = f"{str(error) or type(error).__name__} ({asked}, after {spent_s:.1f} s)"
         else:
             self._tally.obtained(outcome, time.monotonic() - begun, file.description.nbytes)
             if not fetch.finish(file):
