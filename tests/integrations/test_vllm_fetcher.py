@@ -241,7 +241,7 @@ def test_what_is_wrong_is_said(faulty: FaultySidecar, vllm: StartVllm) -> None:
         f"24 × {width - 1} for grid (1, 8, 12), 24 × {width} for grid (1, 8, 12) was asked for"
         in said[Fault.WIDTH_WRONG]
     )
-    assert said[Fault.NAN] == "the embedding holds NaN or infinite values"
+    assert said[Fault.NAN].startswith(f"the embedding holds NaN or infinite values ({faulty.address}, after ")
     assert "fingerprint 0000000000000000…" in said[Fault.OTHER_FINGERPRINT]
     assert "for grid (1, 12, 8)" in said[Fault.OTHER_GRID]
 
@@ -251,7 +251,7 @@ def test_an_internal_error_is_tried_again_as_often_as_was_said(faulty: FaultySid
     faulty.answer(Fault.INTERNAL, Fault.INTERNAL)
     assert worker.obtain(worker.image()).file is not None
     faulty.answer(Fault.INTERNAL, Fault.INTERNAL, Fault.INTERNAL)
-    assert worker.obtain(worker.image()).failure == "INTERNAL: something broke"
+    assert (worker.obtain(worker.image()).failure or "").startswith("INTERNAL: something broke")
     assert worker.tally.take()["errors"] == {"INTERNAL": 5}
 
 
@@ -265,7 +265,7 @@ def test_a_busy_sidecar_is_waited_for_longer_than_that(faulty: FaultySidecar, vl
 def test_a_sidecar_that_stays_busy_is_given_up_in_time(faulty: FaultySidecar, vllm: StartVllm) -> None:
     worker = vllm(faulty.address, timeout_s=0.5)
     faulty.always = Fault.BUSY
-    assert worker.obtain(worker.image()).failure == "RESOURCE_EXHAUSTED: too much is under way"
+    assert (worker.obtain(worker.image()).failure or "").startswith("RESOURCE_EXHAUSTED: too much is under way")
 
 
 def test_an_item_that_the_sidecar_refuses_is_not_sent_again(server: Server, vllm: StartVllm) -> None:
