@@ -106,14 +106,14 @@ def test_what_nobody_uses_any_more_holds_neither_memory_nor_descriptors(store: P
     assert len(mappings(store)) == 20
     del arrays
     gc.collect()
-    assert (mappings(store), descriptors()) == ([], before)
+    assert not mappings(store) and descriptors() <= before
     for name in ("..", "missing"):
         with pytest.raises((OSError, StoreFileError)):
             read(store, name, WHAT)
     with pytest.raises(StoreFileError):
         read(store, "name", dataclasses.replace(WHAT, fingerprint="other"))
     gc.collect()
-    assert (mappings(store), descriptors()) == ([], before)
+    assert not mappings(store) and descriptors() <= before
 
 
 @pytest.mark.parametrize(
@@ -219,4 +219,4 @@ def test_a_full_file_system_says_so_before_anything_is_written_to_it(tmp_path: P
         with pytest.raises(OSError) as raised:
             create(full / FILE_NAME, dataclasses.replace(WHAT, tokens=2**20))
         assert raised.value.errno == errno.ENOSPC
-        assert descriptors() == before
+        assert descriptors() <= before

@@ -219,7 +219,7 @@ def test_mapped_embeddings_hold_nothing_once_nobody_has_them(tmp_path, good):
     assert len(mappings(tmp_path)) == 20
     del results
     gc.collect()
-    assert (mappings(tmp_path), descriptors()) == ([], before)
+    assert not mappings(tmp_path) and descriptors() <= before
 
 
 def test_a_file_is_an_item_answered(tmp_path, good):

@@ -506,4 +506,4 @@ def test_eight_writers_never_outgrow_the_store_nor_lose_what_is_leased(sizes: li
         gc.collect()
         assert mappings(store.directory) == []
         store.close()
-        assert descriptors() == before
+        assert descriptors() <= before
