@@ -86,13 +86,24 @@ def tell(what: str, asked: list[Future[tuple[Answer, float]]]) -> Counter[int]:
     return statuses
 
 
-def test_one_sidecar_killed_and_restarted_under_two_tensor_parallel_workers(
+def test_tensor_parallel_workers_read_the_same_file(
     toy_checkpoint: Path, sidecars: Callable[[], RestartableSidecar], tmp_path: Path
 ) -> None:
     sidecar = sidecars()
     options = {"address": sidecar.address, "on_failure": "fail", "directory": str(tmp_path)}
     parallel = ("--tensor-parallel-size", "2")
     with vllm_server(toy_checkpoint, tmp_path / "vllm.log", *parallel, connector=options) as server:
+        answers = [server.ask("which?", noise_png(number), noise_png(number + 1)) for number in range(10, 14)]
+        assert all(answer.ok for answer in answers), answers
+        assert server.metric(ITEMS, outcome="linked") == 5
+
+
+def test_one_sidecar_killed_and_restarted(
+    toy_checkpoint: Path, sidecars: Callable[[], RestartableSidecar], tmp_path: Path
+) -> None:
+    sidecar = sidecars()
+    options = {"address": sidecar.address, "on_failure": "fail", "directory": str(tmp_path), "timeout_s": 100}
+    with vllm_server(toy_checkpoint, tmp_path / "vllm.log", connector=options) as server:
         assert server.ask("warm?", noise_png(1)).ok
         with fifty_requests(server, 1000) as asked:
             wait_for_answers(asked, 10)

@@ -13,6 +13,7 @@ The name is registered by the entry point `vllm.general_plugins`; where this pac
     features.py          what vLLM's scheduler knows of an image or video, as the contract's item
     identity.py          whether a sidecar holds the weights that this vLLM has loaded
     files.py             the files, and who removes them
+    pause.py             rest while all there is to do is to wait
     options.py           `ec_connector_extra_config`
     tally.py metrics.py  what is counted; vLLM's connector stats
     towerless.py         a vLLM without the tower's weights

@@ -16,6 +16,7 @@ from sidecar.integrations.vllm.files import LocalFile, LocalFiles
 from sidecar.integrations.vllm.identity import Identity
 from sidecar.integrations.vllm.metrics import SidecarPromMetrics, SidecarStats
 from sidecar.integrations.vllm.options import Options
+from sidecar.integrations.vllm.pause import Pause
 from sidecar.integrations.vllm.scheduler_half import SchedulerHalf
 from sidecar.integrations.vllm.tally import Tally
 from sidecar.integrations.vllm.towerless import check_profiling, leave_out_towers
@@ -25,9 +26,6 @@ from sidecar.vision.spec import TowerSpec
 _ROLE = "ec_consumer"
 # Tokens of the longest video that Qwen2.5-VL takes; vLLM's encoder cache has room for any one item.
 _LONGEST_ITEM = 24576
-# With nothing to run, vLLM takes step after step to see whether an embedding has come, a thousand a second, each of which goes to
-# all workers: that would take the cores from a sidecar on the same host. What arrives meanwhile waits no longer than this.
-_IDLE_S = 0.005
 
 
 @dataclass
@@ -65,6 +63,10 @@ class EncoderSidecarConnector(ECConnectorBase):
         self._files = LocalFiles(options.directory)
         identity = Identity(tower, model.model, model.revision, options.fingerprint, loads=loads)
         self._fetcher = Fetcher(options, identity, self._files, self._tally)
+        kv_transfer = vllm_config.kv_transfer_config
+        loads_kv = kv_transfer is not None and kv_transfer.is_kv_consumer
+        alone = vllm_config.parallel_config.data_parallel_size == 1 and not loads_kv
+        self._pause = Pause(self._fetcher.wait_for_news, alone=alone)
         self._scheduler = SchedulerHalf(
             self._fetcher,
             self._files,
@@ -103,7 +105,7 @@ class EncoderSidecarConnector(ECConnectorBase):
     def build_connector_meta(self, scheduler_output: Any) -> Loads:
         loads = Loads(self._scheduler.take_loads(scheduler_output.free_encoder_mm_hashes))
         if not scheduler_output.total_num_scheduled_tokens and self._scheduler.steps_under_way == 1:
-            self._fetcher.wait_for_news(_IDLE_S)
+            self._pause.rest()
         return loads
 
     def take_unavailable_requests(self) -> set[str]:

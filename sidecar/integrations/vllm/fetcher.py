@@ -111,11 +111,13 @@ class Fetcher:
         if fetch.future is not None:
             fetch.future.cancel()
 
-    def wait_for_news(self, seconds: float) -> None:
-        """Until something that is under way has ended, or the time is over."""
-        if self._under_way:
-            self._news.wait(seconds)
-            self._news.clear()
+    def wait_for_news(self, seconds: float) -> bool:
+        """Until something that is under way has ended, or the time is over; True if there is nothing more to wait for."""
+        if not self._under_way:
+            return True
+        ended = self._news.wait(seconds)
+        self._news.clear()
+        return ended
 
     def _has_ended(self, fetch: Fetch) -> None:
         self._under_way.discard(fetch)
