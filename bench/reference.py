@@ -14,7 +14,7 @@ from sidecar.vision.pixels import Patches
 class TransformersTower:
     """Qwen2_5_VisionTransformerPretrainedModel, fed with patches in pixel units as its own processor normalises them."""
 
-    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype = torch.float32, device: str = "cpu") -> None:
         spec = checkpoint.tower
         config = Qwen2_5_VLVisionConfig(
             depth=spec.depth,
@@ -35,7 +35,8 @@ class TransformersTower:
         inverse, model.rotary_pos_emb.attention_scaling = model.rotary_pos_emb.compute_axial_rope_parameters(config)
         model.rotary_pos_emb.inv_freq = inverse
         model.rotary_pos_emb.original_inv_freq = inverse.clone()
-        self._model = model.eval()
+        self._model = model.to(device).eval()
+        self._device = device
         self._dtype = dtype
         repeat = spec.patch_width // spec.in_channels
         self._mean = torch.tensor(checkpoint.pixels.image_mean).repeat_interleave(repeat)
@@ -44,7 +45,16 @@ class TransformersTower:
     @torch.inference_mode()
     def rows(self, *items: Patches) -> np.ndarray:
         """Embeddings (tokens, out_hidden_size) in float32, the items one after another."""
+        return self.encode(*self.inputs(*items)).float().cpu().numpy()
+
+    def inputs(self, *items: Patches) -> tuple[torch.Tensor, torch.Tensor]:
+        """The items as the model takes them, on its device."""
         values = torch.from_numpy(np.concatenate([item.values for item in items]))
         normalised = ((values.float() / 255 - self._mean) / self._std).to(self._dtype)
         grids = torch.tensor([tuple(item.grid) for item in items])
-        return self._model(normalised, grids).pooler_output.float().numpy()
+        return normalised.to(self._device), grids.to(self._device)
+
+    @torch.inference_mode()
+    def encode(self, pixel_values: torch.Tensor, grids: torch.Tensor) -> torch.Tensor:
+        """(tokens, out_hidden_size) on its device."""
+        return self._model(pixel_values, grids).pooler_output

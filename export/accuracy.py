@@ -21,6 +21,7 @@ from sidecar.artifact import Accuracy
 from sidecar.runtimes.base import Runtime
 from sidecar.vision.dtypes import to_float32
 from sidecar.vision.spec import TowerSpec
+from sidecar.vision.tower import Gathered, Windows
 from sidecar.vision.windows import plan_windows
 
 Rows = npt.NDArray[np.float32]
@@ -44,10 +45,10 @@ def reference_embeddings(checkpoint: Checkpoint, samples: Sequence[Sample], adva
     ]
     for index, empty in enumerate(tower.blocks):
         block = _widened(empty, f"blocks.{index}", checkpoint)
-        kind = "frame" if block.full_attention else "ragged"
+        kind, groups = ("frame", Gathered) if block.full_attention else ("ragged", Windows)
         for place, given in enumerate(inputs):
-            attention = (given[f"{kind}_index"], given[f"{kind}_mask"], given[f"{kind}_return"])
-            states[place] = block(states[place], given["rotary_cos"], given["rotary_sin"], *attention)
+            attention = groups(given[f"{kind}_index"], given[f"{kind}_mask"], given[f"{kind}_return"])
+            states[place] = block(states[place], given["rotary_cos"], given["rotary_sin"], attention)
         tower.blocks[index] = nn.Identity()
         advance()
     merger = _widened(tower.merger, "merger", checkpoint)

@@ -24,7 +24,7 @@ from export.pipeline import ExportError, Job, StageOpener, Written, run_stages
 from export.weights import storage_dtype
 from sidecar.adopted import CONFIG, read_ir
 from sidecar.artifact import Artifact, Variant
-from sidecar.runtimes.optimum import MERGER, pair_files
+from sidecar.runtimes.optimum_pair import MERGER, pair_files
 from sidecar.vision.spec import PROCESSOR_FILES
 
 __all__ = ["export_via_optimum", "optimum_python"]

@@ -18,7 +18,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 from sidecar.artifact import Artifact, ArtifactError, Checkpoint, Manifest, Variant, fingerprint, sha256_of
-from sidecar.runtimes.optimum import MERGER, pair_files
+from sidecar.runtimes.optimum_pair import MERGER, pair_files
 from sidecar.vision.dtypes import DType
 from sidecar.vision.spec import IMAGE_PROCESSOR, PROCESSOR_FILES, PixelSpec, SpecError, TowerSpec, processor_configs
 

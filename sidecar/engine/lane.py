@@ -1,7 +1,8 @@
 """A lane: one runtime on one device, with its own threads, queue and measured cost.
 
-The threads own the runtime, one for each of its streams. They take what is waiting in fair order; several small items make one
-run for as long as that saves time. Work whose caller has gone, or whose deadline has become out of reach, never runs.
+The threads own the runtime, one for each of its streams, or two where it copies one run while another computes. They take what
+is waiting in fair order; several small items make one run for as long as that saves time. Work whose caller has gone, or whose
+deadline has become out of reach, never runs.
 
 A run that fails is followed by one that is known to be good. If that works, the items were at fault. If it fails too, the lane
 goes out of service, what waits is given back, and the good run is tried again after longer and longer pauses.
@@ -87,7 +88,7 @@ class Lane:
         self.output_dtype = runtime.output_dtype
         self.width = tower.out_hidden_size
         self.streams = runtime.streams
-        self._runtime = runtime
+        self.runtime = runtime
         self._tower = tower
         self._batch_patches = batch_patches
         self._observer = observer or Observer()
@@ -100,11 +101,12 @@ class Lane:
         self._out_until: float | None = None
         self._pause_s = _FIRST_PAUSE_S
         self._meter = LoadMeter(time.monotonic(), runtime.streams)
+        self._last_ended = 0.0
         self._runs = self._items = self._patches = self._failures = 0
         self._last_error = ""
         self._threads = [
             threading.Thread(target=self._serve, name=f"lane-{name}-{number}", daemon=True)
-            for number in range(runtime.streams)
+            for number in range(runtime.streams * (2 if runtime.pipelined else 1))
         ]
         for thread in self._threads:
             thread.start()
@@ -167,7 +169,7 @@ class Lane:
     def bulk_ms(self, work: Work, items: int) -> float:
         """Predicted time for so many items together, in runs as large as pays, on all streams."""
         runs = min(items, math.ceil(work.patches / max(1, self.run_patches)))
-        return (self.cost.ms(work) + self.cost.fixed_ms * (runs - 1)) / len(self._threads)
+        return (self.cost.ms(work) + self.cost.fixed_ms * (runs - 1)) / self.streams
 
     def busy(self) -> float:
         """The share of the last seconds that it spent running."""
@@ -210,7 +212,7 @@ class Lane:
                 device=self.identity.device,
                 precision=self.identity.precision,
                 state="serving" if self._out_until is None else "out",
-                streams=len(self._threads),
+                streams=self.streams,
                 waiting_items=len(self._queue),
                 waiting_patches=self._waiting.patches,
                 running_items=self._running_items,
@@ -332,15 +334,15 @@ class Lane:
             if len(run) == 1:
                 # Straight into the store's file.
                 drafts.append(run[0].draft())
-                self._runtime.run(patches[0].values, grids, drafts[0].rows)
+                self.runtime.run(patches[0].values, grids, drafts[0].rows)
                 rows = [drafts[0].rows]
             else:
                 together = np.concatenate([item.values for item in patches])
-                whole = self._runtime.encode(together, grids, self._tower)
+                whole = self.runtime.encode(together, grids, self._tower)
                 ends = np.cumsum([grid.tokens(self._tower) for grid in grids])
                 rows = np.split(whole, ends[:-1])
             ran_at = time.monotonic()
-            self._count(run, (ran_at - started) * 1e3)
+            self._count(run, started, ran_at)
             for number, ticket in enumerate(run):
                 if len(run) > 1:
                     drafts.append(ticket.draft())
@@ -397,10 +399,13 @@ class Lane:
                 self._pause_s = min(2 * self._pause_s, _LONGEST_PAUSE_S)
             self._changed.notify_all()
 
-    def _count(self, run: Sequence[_Ticket], run_ms: float) -> None:
-        work = _total(run)
+    def _count(self, run: Sequence[_Ticket], started: float, ended: float) -> None:
+        work, run_ms = _total(run), (ended - started) * 1e3
         with self._changed:
-            self.cost.learn(work, run_ms)
+            # A pipelined run that began while another was computing cost the lane only what came after that one's end.
+            begun = max(started, self._last_ended) if self.runtime.pipelined else started
+            self._last_ended = max(self._last_ended, ended)
+            self.cost.learn(work, max(0.0, ended - begun) * 1e3)
             self._runs += 1
             self._items += len(run)
             self._patches += work.patches
@@ -414,7 +419,7 @@ class Lane:
         """Run an item of this size; returns the milliseconds it took."""
         blank = _blank(grid, self._tower)
         started = time.monotonic()
-        self._runtime.encode(blank.values, [grid], self._tower)
+        self.runtime.encode(blank.values, [grid], self._tower)
         return (time.monotonic() - started) * 1e3
 
     def _grid(self, token_h: int, token_w: int) -> Grid:

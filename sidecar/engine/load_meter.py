@@ -29,6 +29,6 @@ class LoadMeter:
 
     def busy(self, now: float) -> float:
         fade = math.exp(-max(0.0, now - self._at) / _MEMORY_S)
-        self._busy = self._busy * fade + self._working / self._capacity * (1.0 - fade)
+        self._busy = self._busy * fade + min(1.0, self._working / self._capacity) * (1.0 - fade)
         self._at = max(self._at, now)
         return self._busy

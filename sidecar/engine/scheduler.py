@@ -72,7 +72,13 @@ class _Job:
     work: Work = NOTHING
     share: int = 0  # what it takes of its client's share, in patches
     turn: asyncio.Future[None] | None = None
+    lane: Lane | None = None  # that called it in before its turn
     task: asyncio.Task[Encoded] = field(init=False)
+
+    @property
+    def waits(self) -> bool:
+        """For its turn."""
+        return self.turn is not None and not self.turn.done()
 
 
 class Scheduler:
@@ -107,6 +113,7 @@ class Scheduler:
         self._turned_patches = self._unprepared = 0
         self._least_turned = preprocess_threads + 2 * sum(lane.streams for lane in lanes)
         self._most_unprepared = preprocess_threads + 1
+        self._called_in: set[Lane] = set()  # lanes whose next item is on its way to them
         self._hits = self._misses = self._coalesced = 0
         self._closing = False
 
@@ -230,6 +237,7 @@ class Scheduler:
                 prepared, waited_ms = await self._prepare(opened)
                 lane, ran = await self._run(job, prepared)
             finally:
+                self._arrived(job)
                 self._end_turn(job)
         finally:
             self._accepted -= job.work
@@ -266,6 +274,7 @@ class Scheduler:
         turn = job.turn = asyncio.get_running_loop().create_future()
         self._queue.push(job.client, job, job.share)
         self._give_turns()
+        self._call_in()
         try:
             await turn
         except asyncio.CancelledError:
@@ -279,6 +288,7 @@ class Scheduler:
         self._count_out(self._turned, job.client)
         self._turned_patches -= job.work.patches
         self._give_turns()
+        self._call_in()
 
     def _hasten(self, job: _Job, client: str) -> None:
         """Let a job that waits for its turn wait in the place of a client who joined it, if that comes sooner."""
@@ -300,12 +310,41 @@ class Scheduler:
 
     def _give_turns(self) -> None:
         while self._unprepared < self._most_unprepared and (job := self._queue.pop(self._has_room)) is not None:
-            self._turned[job.client] += 1
-            self._turned_patches += job.work.patches
-            self._unprepared += 1
-            assert job.turn is not None
-            if not job.turn.done():
-                job.turn.set_result(None)
+            self._give_turn(job)
+
+    def _give_turn(self, job: _Job) -> None:
+        self._turned[job.client] += 1
+        self._turned_patches += job.work.patches
+        self._unprepared += 1
+        assert job.turn is not None
+        if not job.turn.done():
+            job.turn.set_result(None)
+
+    def _call_in(self) -> None:
+        """Let a slow lane take the newest of those who wait, if it is done sooner than in its turn on the others. At the head of the
+        queue a fast lane always finishes first, and a slow one would only watch."""
+        for lane in self.lanes:
+            job = next((job for job in reversed(self._jobs.values()) if job.waits), None)
+            if job is None or self._unprepared >= self._most_unprepared:
+                return
+            if lane.out_for_s or lane in self._called_in:
+                continue
+            backlog_ms, own_ms = lane.backlog_ms(), lane.cost.ms(job.work)
+            others = [other for other in self.lanes if other is not lane and not other.out_for_s]
+            # One run ahead at most: what it has called in no other lane can take.
+            if not others or backlog_ms > own_ms or self._soonest(job.work, []) is lane:
+                continue
+            ahead = round(self._queue.ahead_of(job.client, 0.0)) + self._turned_patches
+            if backlog_ms + own_ms < 1e3 * self._wait_s(self._share_of_accepted(ahead), len(self._jobs), others):
+                self._queue.remove(job.client, job)
+                self._called_in.add(lane)
+                job.lane = lane
+                self._give_turn(job)
+
+    def _arrived(self, job: _Job) -> None:
+        """At the lane that called it in, if one did, or nowhere any more."""
+        if job.lane is not None:
+            self._called_in.discard(job.lane)
 
     def _has_room(self, job: _Job) -> bool:
         """Whether an order may be prepared already. A client that has none on its way to a lane is not to wait for those of
@@ -331,8 +370,11 @@ class Scheduler:
     async def _run(self, job: _Job, prepared: Prepared) -> tuple[Lane, Ran]:
         """On the lane that will finish it first; on another one if that fails."""
         failed: list[Lane] = []
+        self._arrived(job)
         while True:
             lane = self._soonest(job.work, failed)
+            if (called := job.lane) is not None and not called.out_for_s and called not in failed:
+                lane = called
             try:
                 return lane, await lane.encode(
                     prepared.patches,
@@ -377,15 +419,18 @@ class Scheduler:
     def _finish_s(self, job: _Job) -> float:
         """About how long a new job will take, given what has its turn before it."""
         queued = self._queue.ahead_of(job.client, job.work.patches)
-        patches = round(queued) + self._turned_patches
-        share = patches / max(1, self._accepted.patches)
-        ahead = Work(patches, self._accepted.pairs * share)
+        ahead = self._share_of_accepted(round(queued) + self._turned_patches)
         own_ms = min(lane.cost.ms(job.work) for lane in self.lanes if not lane.out_for_s)
         return self._wait_s(ahead, len(self._queue) + self._turned.total()) + own_ms / 1e3
 
-    def _wait_s(self, work: Work, items: int) -> float:
-        """Until so much has run, on all lanes in service together."""
+    def _share_of_accepted(self, patches: int) -> Work:
+        """So many of the patches that have been accepted and are not done."""
+        return Work(patches, self._accepted.pairs * patches / max(1, self._accepted.patches))
+
+    def _wait_s(self, work: Work, items: int, lanes: Sequence[Lane] | None = None) -> float:
+        """Until so much has run, on these lanes together or on all that are in service."""
         if not items or not work.patches:
             return 0.0
-        rate = sum(1.0 / max(1e-3, lane.bulk_ms(work, items)) for lane in self.lanes if not lane.out_for_s)
+        serving = [lane for lane in self.lanes if not lane.out_for_s] if lanes is None else lanes
+        rate = sum(1.0 / max(1e-3, lane.bulk_ms(work, items)) for lane in serving)
         return 1e-3 / rate if rate else _UNKNOWN_WAIT_S

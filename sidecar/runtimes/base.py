@@ -1,6 +1,7 @@
 """What a runtime is: it loads one graph on one device and turns the patches of a run into embeddings.
 
-A runtime knows nothing of requests, queues or files of embeddings. It is called from as many threads at a time as it has streams.
+A runtime knows nothing of requests, queues or files of embeddings. It is called from as many threads at a time as it
+has streams, or twice as many where it is pipelined.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ class Runtime(ABC):
         device: what really runs, read back from the runtime after loading.
         precision: what the graph computes in, as the artifact names it.
         output_dtype: dtype of the embeddings.
-        streams: how many threads may call it at a time.
+        streams: how many runs it carries out side by side.
+        pipelined: each stream may be called by two threads: one run is copied while another computes.
     """
 
     name: str
@@ -57,6 +59,7 @@ class Runtime(ABC):
     precision: str
     output_dtype: DType
     streams: int = 1
+    pipelined: bool = False
 
     @abstractmethod
     def run(self, patches: Array, grids: Sequence[Grid], out: Array) -> None:

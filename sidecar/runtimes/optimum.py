@@ -11,7 +11,6 @@ is on purpose computed apart from `vision/windows.py`: a reference that shared i
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -19,13 +18,10 @@ import openvino as ov
 
 from sidecar.runtimes.base import Load, Runtime, RuntimeFault
 from sidecar.runtimes.openvino import OUTPUT_TYPE, compile_options, describe_device, openvino_device, shared_output
+from sidecar.runtimes.optimum_pair import EMBEDDINGS, MERGER
 from sidecar.vision.dtypes import Array
 from sidecar.vision.grid import Grid
 from sidecar.vision.spec import PixelSpec, TowerSpec
-
-# The names optimum gives its files: patches → hidden states, and hidden states → embeddings.
-EMBEDDINGS = "openvino_vision_embeddings_model.xml"
-MERGER = "openvino_vision_embeddings_merger_model.xml"
 
 # The merger's inputs. Qwen2-VL's has no windows, so it is refused by these names.
 _HIDDEN = "hidden_states"
@@ -87,12 +83,6 @@ class OptimumRuntime(Runtime):
             self._merge.infer()
         except (RuntimeError, MemoryError) as error:
             raise RuntimeFault(f"OpenVINO failed on an item of {len(patches)} patches: {error}") from error
-
-
-def pair_files(merger: Path) -> tuple[Path, ...]:
-    """The files of the pair whose merger's topology is `merger`: that first, then its weights, then the other graph's."""
-    embeddings = merger.with_name(EMBEDDINGS)
-    return merger, merger.with_suffix(".bin"), embeddings, embeddings.with_suffix(".bin")
 
 
 def normalisation(pixels: PixelSpec, tower: TowerSpec) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:

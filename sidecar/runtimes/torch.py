@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+import os
+import time
+from collections.abc import Callable, Sequence
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from sidecar.runtimes.base import Load, Runtime, RuntimeFault
+from sidecar.runtimes.torch_graphs import GraphedEncoder
+from sidecar.runtimes.torch_packed import PackedTower, can_pack
+from sidecar.runtimes.torch_padded import PaddedEncoder
+from sidecar.runtimes.torch_staging import DeviceStaging, Encoder, HostStaging
 from sidecar.vision.dtypes import Array, DType
 from sidecar.vision.grid import Grid
 from sidecar.vision.tower import Tower
-from sidecar.vision.windows import plan_windows
+
+logger = logging.getLogger(__name__)
 
 _COMPUTE_DTYPE = {"f32": torch.float32, "bf16": torch.bfloat16}
 _OUTPUT_DTYPE = {DType.FLOAT32: torch.float32, DType.FLOAT16: torch.float16, DType.BFLOAT16: torch.bfloat16}
@@ -25,39 +32,81 @@ class TorchRuntime(Runtime):
     name = "torch"
 
     def __init__(self, load: Load) -> None:
-        """Load the weights on to the device.
+        """Load the weights on to the device, and on CUDA compile and record it.
 
         Raises:
             RuntimeFault: if torch does not have the device, or the weights do not fit the tower.
         """
         self.precision = load.precision
         self.output_dtype = load.output_dtype
-        self._spec = load.tower
+        self._dtype = _OUTPUT_DTYPE[load.output_dtype]
         try:
             device = torch.device(load.device)
             dtype = _COMPUTE_DTYPE[load.precision]
-            with torch.device("meta"):
-                tower = Tower(load.tower, load.pixels, dtype)
-            weights = {name: tensor.to(device, dtype) for name, tensor in load_file(load.graph).items()}
-            tower.load_state_dict(weights, assign=True)
-            tower.patch_embed.set_normalisation(load.pixels)
-            self._tower = tower.to(device).eval()
-        except (RuntimeError, KeyError, OSError, SafetensorError) as error:
+            tower = _tower(load, device, dtype)
+            if load.threads and device.type == "cpu":
+                torch.set_num_threads(load.threads)
+            self._device = next(tower.parameters()).device
+            self._staging: HostStaging | DeviceStaging = HostStaging()
+            if device.type != "cpu":
+                self._staging = DeviceStaging(self._device, torch.get_device_module(self._device))
+                self.pipelined = True
+            self._encoder, how = _encoder(tower, self._device, dtype, load)
+        except (RuntimeError, KeyError, AssertionError, OSError, SafetensorError) as error:
             raise RuntimeFault(f"torch could not load {load.graph.name} on {load.device}: {error}") from error
-        if load.threads and device.type == "cpu":
-            torch.set_num_threads(load.threads)
-        self._device = next(self._tower.parameters()).device
-        self.device = f"{self._device} ({dtype})".replace("torch.", "")
+        self.device = f"{self._device} ({_hardware(self._device)}{dtype}{how})".replace("torch.", "")
 
-    @torch.inference_mode()
     def run(self, patches: Array, grids: Sequence[Grid], out: Array) -> None:
-        plan = plan_windows(grids, self._spec)
-        arrays = [patches[plan.patch_order], *plan.tower_inputs.values()]
         try:
-            inputs = [torch.from_numpy(np.ascontiguousarray(array)).to(self._device) for array in arrays]
-            embeddings = self._tower(*inputs).to(_OUTPUT_DTYPE[self.output_dtype])
-            # numpy has no bfloat16: copy its bits.
-            bits = torch.int16 if out.dtype.itemsize == 2 else torch.int32
-            torch.from_numpy(out.view(np.int16 if out.dtype.itemsize == 2 else np.int32)).copy_(embeddings.view(bits))
+            plan = self._encoder.plan(grids)
+            with torch.inference_mode():
+                self._staging.run(self._encoder, patches, plan, self._dtype, out)
         except RuntimeError as error:
             raise RuntimeFault(f"torch failed on a run of {len(patches)} patches: {error}") from error
+
+    def enqueue(self, patches: Array, grids: Sequence[Grid]) -> Callable[[], object]:
+        """A run whose input lies on the device already, for a benchmark of the device alone."""
+        plan = self._encoder.plan(grids)
+        arrays = {name: torch.from_numpy(array).to(self._device) for name, array in plan.arrays.items()}
+        on_device = torch.zeros(plan.rows, patches.shape[1], dtype=torch.uint8, device=self._device)
+        on_device[: len(patches)] = torch.from_numpy(patches)
+        return torch.inference_mode()(lambda: self._encoder.encode(plan, on_device, arrays))
+
+
+def _tower(load: Load, device: torch.device, dtype: torch.dtype) -> Tower:
+    with torch.device("meta"):
+        tower = Tower(load.tower, load.pixels, dtype)
+    weights = {name: tensor.to(device, dtype) for name, tensor in load_file(load.graph).items()}
+    tower.load_state_dict(weights, assign=True)
+    tower.patch_embed.set_normalisation(load.pixels)
+    return tower.to(device).eval()
+
+
+def _encoder(tower: Tower, device: torch.device, dtype: torch.dtype, load: Load) -> tuple[Encoder, str]:
+    """The best way that there is on this device, and its name for the log."""
+    if not can_pack(device, dtype, load.tower):
+        return PaddedEncoder(tower), ""
+    if load.cache_dir is not None:
+        # Beside the artifacts' own: a compiled block is keyed by its code and not by its weights.
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(load.cache_dir.parent / "inductor"))
+    packed = PackedTower(tower)
+    graphed = GraphedEncoder(packed, device, _OUTPUT_DTYPE[load.output_dtype])
+    started = time.perf_counter()
+    try:
+        packed.compile()
+        graphed.warm_up()
+    except Exception as error:  # a compiler that is missing or fails has as many exceptions as parts
+        logger.warning(
+            "torch.compile does not work here, the tower runs as it is: %s", str(error).strip().split("\n")[0]
+        )
+        packed.stay_eager()
+        graphed.warm_up()
+    logger.info("the tower's blocks were made ready in %.1f s", time.perf_counter() - started)
+    graphed.capture()
+    return graphed, ", compiled, CUDA graphs" if packed.compiled else ", CUDA graphs"
+
+
+def _hardware(device: torch.device) -> str:
+    if device.type == "cpu":
+        return ""
+    return f"{torch.get_device_module(device).get_device_name(device)}, "

@@ -11,6 +11,8 @@ are a batch axis, whole frames a padded batch axis, and normalisation of the pix
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -86,9 +88,26 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (x * cos + rotated * sin).to(x.dtype)
 
 
+def rotary_tables(positions: Tensor, spec: TowerSpec) -> tuple[Tensor, Tensor]:
+    """positions (N, 2), a patch's row and column → cos and sin (N, head_dim) in float32, as `WindowPlan` has them."""
+    exponents = (
+        torch.arange(spec.head_dim // 4, dtype=torch.float32, device=positions.device) * 2 / (spec.head_dim // 2)
+    )
+    angles = (positions.float()[:, :, None] / spec.rope_theta**exponents).reshape(-1, spec.head_dim // 2)
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos(), angles.sin()
+
+
 def rows(table: Tensor, index: Tensor) -> Tensor:
     """table[index] for a matrix; as an embedding look-up, which every runtime has as one plain gather over int32."""
     return functional.embedding(index, table)
+
+
+class Groups(Protocol):
+    """Which patches attend to one another, and how they are brought together for it."""
+
+    def attend(self, attention: Attention, qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """qkv (N, 3·hidden), cos and sin (N, head_dim) in the run's order → (N, hidden) in the same order."""
 
 
 class Attention(nn.Module):
@@ -100,7 +119,10 @@ class Attention(nn.Module):
         self.qkv = Linear(spec.hidden_size, 3 * spec.hidden_size)
         self.proj = Linear(spec.hidden_size, spec.hidden_size)
 
-    def attend(self, tables: Iterable[Tensor], length: int, mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, groups: Groups) -> Tensor:
+        return self.proj(groups.attend(self, self.qkv(x), cos, sin))
+
+    def mix(self, tables: Iterable[Tensor], length: int, mask: Tensor | None = None) -> Tensor:
         """tables: qkv (G·L, 3·hidden), cos and sin (G·L, head_dim); length L; mask (G, L) or None → (G·L, hidden).
 
         L is handed over rather than read off a shape: where a traced graph has no groups at all, it must not divide by
@@ -117,27 +139,44 @@ class Attention(nn.Module):
         return mixed.transpose(1, 2).reshape(-1, spec.hidden_size)
 
 
-class WindowAttention(Attention):
-    """Full windows where they lie, ragged ones by gather and mask."""
+@dataclass(frozen=True, slots=True)
+class EqualGroups:
+    """Groups of one length, each where it lies: a reshape."""
 
-    def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, index: Tensor, mask: Tensor, ragged_return: Tensor
-    ) -> Tensor:
-        length = self.spec.window_patches
-        tables = (self.qkv(x), cos, sin)
-        split = x.shape[0] - ragged_return.shape[0]
-        whole = self.attend((table[:split] for table in tables), length)
-        ragged = self.attend((rows(table, index.reshape(-1)) for table in tables), length, mask)
-        return self.proj(torch.cat((whole, rows(ragged, ragged_return))))
+    length: int
+
+    def attend(self, attention: Attention, qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        return attention.mix((qkv, cos, sin), self.length)
 
 
-class FrameAttention(Attention):
-    """Every patch sees its whole frame."""
+@dataclass(frozen=True, slots=True)
+class Windows:
+    """Full windows where they lie, ragged ones by gather and mask; the arrays are a `WindowPlan`'s."""
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, index: Tensor, mask: Tensor, frame_return: Tensor) -> Tensor:
-        tables = (self.qkv(x), cos, sin)
-        frames = self.attend((rows(table, index.reshape(-1)) for table in tables), index.shape[1], mask)
-        return self.proj(rows(frames, frame_return))
+    index: Tensor
+    mask: Tensor
+    ragged_return: Tensor
+
+    def attend(self, attention: Attention, qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        length = attention.spec.window_patches
+        tables = (qkv, cos, sin)
+        split = qkv.shape[0] - self.ragged_return.shape[0]
+        whole = attention.mix((table[:split] for table in tables), length)
+        ragged = attention.mix((rows(table, self.index.reshape(-1)) for table in tables), length, self.mask)
+        return torch.cat((whole, rows(ragged, self.ragged_return)))
+
+
+@dataclass(frozen=True, slots=True)
+class Gathered:
+    """Groups of any lengths, by gather and mask: frames, or windows that are all ragged; the arrays are a `WindowPlan`'s."""
+
+    index: Tensor
+    mask: Tensor
+    back: Tensor
+
+    def attend(self, attention: Attention, qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        gathered = (rows(table, self.index.reshape(-1)) for table in (qkv, cos, sin))
+        return rows(attention.mix(gathered, self.index.shape[1], self.mask), self.back)
 
 
 class MLP(nn.Module):
@@ -159,12 +198,18 @@ class Block(nn.Module):
         self.full_attention = full_attention
         self.norm1 = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
         self.norm2 = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
-        self.attn = FrameAttention(spec) if full_attention else WindowAttention(spec)
+        self.attn = Attention(spec)
         self.mlp = MLP(spec)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, index: Tensor, mask: Tensor, back: Tensor) -> Tensor:
-        x = x + self.attn(self.norm1(x), cos, sin, index, mask, back)
-        return x + self.mlp(self.norm2(x))
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, groups: Groups) -> Tensor:
+        x, update = self.terms(x, cos, sin, groups)
+        return x + update
+
+    def terms(self, x: Tensor, cos: Tensor, sin: Tensor, groups: Groups) -> tuple[Tensor, Tensor]:
+        """What the block gives, as the two terms of its sum: where blocks are compiled one by one, the next one's norm can add them
+        as it reads them."""
+        x = x + self.attn(self.norm1(x), cos, sin, groups)
+        return x, self.mlp(self.norm2(x))
 
 
 class Merger(nn.Module):
@@ -219,9 +264,14 @@ class Tower(nn.Module):
     ) -> Tensor:
         """patches (N, patch_width), uint8 or float in pixel units 0…255, in the plan's order; the other arguments are the
         plan's arrays (see `WindowPlan`). Returns embeddings (T, out_hidden_size) in the caller's order."""
-        ragged = (ragged_index, ragged_mask, ragged_return)
-        frame = (frame_index, frame_mask, frame_return)
+        windows = Windows(ragged_index, ragged_mask, ragged_return)
+        frames = Gathered(frame_index, frame_mask, frame_return)
+        return rows(self.encode(patches, rotary_cos, rotary_sin, windows, frames), token_order)
+
+    def encode(self, patches: Tensor, cos: Tensor, sin: Tensor, windows: Groups, frames: Groups) -> Tensor:
+        """patches (N, patch_width) in an order that suits the groups, the 2×2 of a token next to each other; cos and sin
+        (N, head_dim) → embeddings (T, out_hidden_size) in the same order."""
         x = self.patch_embed(patches, self.compute_dtype)
         for block in self.blocks:
-            x = block(x, rotary_cos, rotary_sin, *(frame if block.full_attention else ragged))
-        return rows(self.merger(x), token_order)
+            x = block(x, cos, sin, frames if block.full_attention else windows)
+        return self.merger(x)

@@ -67,7 +67,7 @@ TOWER_PLAN_INPUTS = tuple(name for name in WindowPlan.__dataclass_fields__ if na
 
 
 @dataclass(frozen=True, slots=True)
-class _FramePlan:
+class FramePlan:
     """One frame of one grid: its patches (in merge order) sorted by window, and the windows' lengths."""
 
     full: Index  # (full windows, 64) positions in the frame
@@ -77,7 +77,7 @@ class _FramePlan:
 
 
 @lru_cache(maxsize=64)
-def _frame_plan(h: int, w: int, merge: int, window_side: int) -> _FramePlan:
+def frame_plan(h: int, w: int, merge: int, window_side: int) -> FramePlan:
     token_h, token_w, unit = h // merge, w // merge, merge * merge
     tokens = np.arange(token_h * token_w, dtype=np.int32).reshape(token_h, token_w)
     patches_of = np.arange(unit, dtype=np.int32)
@@ -93,7 +93,7 @@ def _frame_plan(h: int, w: int, merge: int, window_side: int) -> _FramePlan:
     blocks = (token_h, merge, token_w, merge)
     rows, columns = (axis.reshape(blocks).transpose(0, 2, 1, 3).reshape(-1) for axis in (row, column))
     stacked = np.stack(full) if full else np.empty((0, window_side**2 * unit), np.int32)
-    return _FramePlan(stacked, tuple(ragged), rows, columns)
+    return FramePlan(stacked, tuple(ragged), rows, columns)
 
 
 def plan_windows(grids: Sequence[Grid], spec: TowerSpec) -> WindowPlan:
@@ -114,7 +114,7 @@ def plan_windows(grids: Sequence[Grid], spec: TowerSpec) -> WindowPlan:
     start = 0
     for grid in grids:
         grid.check(spec)
-        frame = _frame_plan(grid.h, grid.w, spec.spatial_merge_size, spec.window_side)
+        frame = frame_plan(grid.h, grid.w, spec.spatial_merge_size, spec.window_side)
         for _ in range(grid.t):
             full.append(frame.full.reshape(-1) + start)
             ragged.extend(members + start for members in frame.ragged)

@@ -25,7 +25,7 @@ from sidecar.adopted import adopt_optimum, is_optimum_directory
 from sidecar.artifact import Artifact, open_artifact
 from sidecar.runtimes.base import Load, Runtime
 from sidecar.runtimes.loading import load_runtime
-from sidecar.runtimes.optimum import EMBEDDINGS, MERGER
+from sidecar.runtimes.optimum_pair import EMBEDDINGS, MERGER
 from sidecar.vision.dtypes import DType, to_float32
 from sidecar.vision.grid import Grid
 from sidecar.vision.pixels import Patches

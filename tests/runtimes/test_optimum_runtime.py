@@ -25,7 +25,8 @@ from sidecar.adopted import adopt_optimum, is_optimum_directory, read_ir
 from sidecar.artifact import Artifact, ArtifactError
 from sidecar.runtimes.base import Load, Runtime, RuntimeFault
 from sidecar.runtimes.loading import load_runtime
-from sidecar.runtimes.optimum import EMBEDDINGS, MERGER, merger_inputs, pair_files, window_order
+from sidecar.runtimes.optimum import merger_inputs, window_order
+from sidecar.runtimes.optimum_pair import EMBEDDINGS, MERGER, pair_files
 from sidecar.vision.dtypes import DType
 from sidecar.vision.grid import Grid
 from sidecar.vision.spec import PixelSpec, TowerSpec
