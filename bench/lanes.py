@@ -1,7 +1,8 @@
 """`python -m bench.lanes --artifact DIR --device cuda:0 --device cpu`: two unequal lanes under one scheduler, and each alone.
 
-The engine itself in this process, without gRPC or pictures, so that what is measured is which lane an item goes to. Throughput with a
-full queue; then latency at a load that the fast lane bears alone, without and with the slow one, in turn; then the fast lane dies under load.
+The engine itself in this process, without gRPC or pictures, so that what is measured is which lane an item goes to. Throughput
+with a full queue; then latency at a load that the fast lane bears alone, without and with the slow one, in turn; then the fast
+lane dies under load.
 """
 
 from __future__ import annotations
@@ -105,7 +106,9 @@ class Bench:
         outcome.per_second = done / (end - begin)
         return outcome
 
-    async def arrive(self, lanes: Sequence[Lane], seconds: float, per_second: float, kill: Mortal | None = None) -> Outcome:
+    async def arrive(
+        self, lanes: Sequence[Lane], seconds: float, per_second: float, kill: Mortal | None = None
+    ) -> Outcome:
         """Poisson arrivals; `kill` dies halfway."""
         scheduler, outcome = self.scheduler(lanes), Outcome()
         started, asked = time.monotonic(), []
@@ -139,7 +142,9 @@ async def _poisson(chance: random.Random, per_second: float, seconds: float) -> 
         yield moment
 
 
-async def compare(bench: Bench, fast: Lane, slow: Lane, mortal: Mortal, seconds: float, concurrency: int) -> dict[str, object]:
+async def compare(
+    bench: Bench, fast: Lane, slow: Lane, mortal: Mortal, seconds: float, concurrency: int
+) -> dict[str, object]:
     """The figures of both lanes together against each alone; `mortal` is the fast lane's runtime."""
     alone = {lane.identity.name: await bench.saturate([lane], seconds, concurrency) for lane in (fast, slow)}
     both = await bench.saturate([fast, slow], seconds, concurrency)

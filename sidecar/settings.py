@@ -42,7 +42,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "streams": (1, 1024),
     "batch_patches": (0, _MAX_INT),
     "numa_node": (-1, 1023),
-    "preprocess_threads": (1, _MAX_INT),
+    "preprocess_threads": (0, _MAX_INT),
     "warm_up_seconds": (0, _MAX_SECONDS),
     "max_message_bytes": (1, _MAX_INT),
     "max_items": (1, _MAX_INT),
@@ -130,8 +130,9 @@ class Settings:
         "how long each lane may measure itself before it is ready; small items are always run", 3.0, parse=number
     )
     preprocess_threads: int = setting(
-        "threads that decode and resize. They share the cores with the runtime, so more of them slows the runs",
-        2,
+        "threads that decode and resize; 0: two, or beside a GPU as many as there are cores, at most eight. They share the cores "
+        "with a CPU lane's runtime, so more of them slows its runs",
+        0,
         parse=whole,
     )
     cache_dir: Path | None = setting(
@@ -240,6 +241,11 @@ class Settings:
             raise SettingsError("--tls-client-ca needs --tls-cert and --tls-key")
         if self.url_hosts and not self.url_input:
             raise SettingsError("--url-hosts needs --url-input")
+
+    @property
+    def on_cpu(self) -> tuple[str, ...]:
+        """The devices that are CPUs."""
+        return tuple(device for device in self.device if device.removeprefix("ov:").lower() == "cpu")
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:

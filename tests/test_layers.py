@@ -67,7 +67,8 @@ ALLOWED = {
 }
 # Heavy packages and the only places that may import them.
 HEAVY = {
-    "torch": ("sidecar/vision/tower.py", "sidecar/runtimes/torch.py", "sidecar/integrations/vllm/", "export/"),
+    "torch": ("sidecar/vision/tower.py", "sidecar/runtimes/torch", "sidecar/integrations/vllm/", "export/"),
+    "triton": ("sidecar/runtimes/torch_kernels.py",),
     "transformers": ("export/optimum_child.py",),
     "vllm": ("sidecar/integrations/vllm/",),
     "dynamo": (),

@@ -141,7 +141,7 @@ def test_a_bare_flag_switches_on() -> None:
 # The least that each may be.
 LEAST = {
     **dict.fromkeys(("threads", "batch_patches"), 0),
-    **dict.fromkeys(("preprocess_threads", "max_message_bytes", "max_items", "max_image_pixels", "max_frames"), 1),
+    **dict.fromkeys(("max_message_bytes", "max_items", "max_image_pixels", "max_frames"), 1),
     **dict.fromkeys(("max_item_patches", "max_queue_items", "max_queue_patches", "url_bytes"), 1),
 }
 WIDE = {"store_bytes": 0, "max_held_bytes": 1}

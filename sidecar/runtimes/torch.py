@@ -6,6 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -41,20 +42,22 @@ class TorchRuntime(Runtime):
         self.output_dtype = load.output_dtype
         self._dtype = _OUTPUT_DTYPE[load.output_dtype]
         try:
-            device = torch.device(load.device)
+            device, module = open_device(load.device)
             dtype = _COMPUTE_DTYPE[load.precision]
             tower = _tower(load, device, dtype)
-            if load.threads and device.type == "cpu":
-                torch.set_num_threads(load.threads)
             self._device = next(tower.parameters()).device
             self._staging: HostStaging | DeviceStaging = HostStaging()
-            if device.type != "cpu":
-                self._staging = DeviceStaging(self._device, torch.get_device_module(self._device))
+            hardware = ""
+            if module is not None:
+                self._staging = DeviceStaging(self._device, module)
                 self.pipelined = True
+                hardware = f"{module.get_device_name(self._device)}, "
+            elif load.threads:
+                torch.set_num_threads(load.threads)
             self._encoder, how = _encoder(tower, self._device, dtype, load)
         except (RuntimeError, KeyError, AssertionError, OSError, SafetensorError) as error:
             raise RuntimeFault(f"torch could not load {load.graph.name} on {load.device}: {error}") from error
-        self.device = f"{self._device} ({_hardware(self._device)}{dtype}{how})".replace("torch.", "")
+        self.device = f"{self._device} ({hardware}{dtype}{how})".replace("torch.", "")
 
     def run(self, patches: Array, grids: Sequence[Grid], out: Array) -> None:
         try:
@@ -71,6 +74,25 @@ class TorchRuntime(Runtime):
         on_device = torch.zeros(plan.rows, patches.shape[1], dtype=torch.uint8, device=self._device)
         on_device[: len(patches)] = torch.from_numpy(patches)
         return torch.inference_mode()(lambda: self._encoder.encode(plan, on_device, arrays))
+
+
+def open_device(name: str) -> tuple[torch.device, Any]:
+    """The device, and torch's module for its kind (torch.cuda, torch.xpu), None for the CPU.
+
+    Raises:
+        RuntimeError: if this torch has no such device.
+    """
+    device = torch.device(name)
+    if device.type == "cpu":
+        return device, None
+    module = torch.get_device_module(device)
+    if not module.is_available():
+        raise RuntimeError(
+            f"torch {torch.__version__} finds no {device.type} device: another build of torch, or a driver, is needed"
+        )
+    if device.index is not None and device.index >= module.device_count():
+        raise RuntimeError(f"there are {module.device_count()} {device.type} devices, counted from 0")
+    return device, module
 
 
 def _tower(load: Load, device: torch.device, dtype: torch.dtype) -> Tower:
@@ -104,9 +126,3 @@ def _encoder(tower: Tower, device: torch.device, dtype: torch.dtype, load: Load)
     logger.info("the tower's blocks were made ready in %.1f s", time.perf_counter() - started)
     graphed.capture()
     return graphed, ", compiled, CUDA graphs" if packed.compiled else ", CUDA graphs"
-
-
-def _hardware(device: torch.device) -> str:
-    if device.type == "cpu":
-        return ""
-    return f"{torch.get_device_module(device).get_device_name(device)}, "

@@ -77,7 +77,7 @@ class DeviceStaging:
             with module.stream(self._back):
                 computed.wait()
                 embeddings.record_stream(self._back)
-                on_host = torch.empty(embeddings.shape, dtype=dtype, pin_memory=True)
+                on_host = pinned_memory(embeddings.shape, dtype)
                 on_host.copy_(embeddings, non_blocking=True)
                 arrived = self._mark()
             arrived.synchronize()
@@ -92,9 +92,14 @@ class DeviceStaging:
 
 
 def _pinned(array: Array) -> Tensor:
-    pinned = torch.empty(array.shape, dtype=_dtype(array), pin_memory=True)
+    pinned = pinned_memory(array.shape, _dtype(array))
     pinned.numpy()[...] = array
     return pinned
+
+
+def pinned_memory(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Host memory that a device copies from and to by itself; torch keeps it for the next run."""
+    return torch.empty(tuple(shape), dtype=dtype, pin_memory=True)
 
 
 def _dtype(array: Array) -> torch.dtype:

@@ -30,7 +30,7 @@ from sidecar.server import health
 from sidecar.server.calls import Calls
 from sidecar.server.contents import Preprocessor
 from sidecar.server.listening import bind, is_local
-from sidecar.server.loading import choose_variant, load_lanes, open_for
+from sidecar.server.loading import choose_variant, load_lanes, open_for, preprocess_threads
 from sidecar.server.model import Model, describe
 from sidecar.server.orders import Orders
 from sidecar.server.reload import Reloader
@@ -105,7 +105,7 @@ class _App:
         self._calls = Calls(
             self._metrics, self._tracing, settings.max_held_bytes, self._tokens.name_of if self._tokens else None
         )
-        self._preprocessing = ThreadPoolExecutor(settings.preprocess_threads, thread_name_prefix=_PREPROCESS)
+        self._preprocessing = ThreadPoolExecutor(preprocess_threads(settings), thread_name_prefix=_PREPROCESS)
         self._opening = ThreadPoolExecutor(1, thread_name_prefix=_PREPROCESS + "-open")
         self._health = health.HealthService([SERVICE])
 
@@ -208,7 +208,7 @@ class _App:
             manifest.fingerprint,
             store=self._store,
             preprocessing=self._preprocessing,
-            preprocess_threads=settings.preprocess_threads,
+            preprocess_threads=preprocess_threads(settings),
             limits=Limits(items=settings.max_queue_items, patches=settings.max_queue_patches),
             observer=self._metrics,
         )

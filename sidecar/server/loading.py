@@ -23,6 +23,9 @@ from sidecar.vision.dtypes import DType
 
 logger = logging.getLogger(__name__)
 
+# A GPU encodes a picture in less time than it takes to decode one.
+_FEEDING_CPU, _FEEDING_GPU = 2, 8
+
 
 def open_for(settings: Settings) -> Artifact:
     """The artifact that the settings name.
@@ -68,6 +71,14 @@ def choose_variant(artifact: Artifact, device: str, settings: Settings) -> Varia
     return variant
 
 
+def preprocess_threads(settings: Settings) -> int:
+    """As set, or enough to feed what is served."""
+    if settings.preprocess_threads:
+        return settings.preprocess_threads
+    only_cpus = len(settings.on_cpu) == len(settings.device)
+    return _FEEDING_CPU if only_cpus else max(_FEEDING_CPU, min(_FEEDING_GPU, usable_cores().threads))
+
+
 def load_lanes(
     artifact: Artifact, variants: Sequence[Variant], settings: Settings, observer: Observer | None = None
 ) -> list[Lane]:
@@ -78,14 +89,13 @@ def load_lanes(
         RuntimeFault: if a runtime cannot load or run its graph.
     """
     cores = usable_cores()
-    on_cpu = [device for device in settings.device if _is_cpu(device)]
     lanes: list[Lane] = []
     try:
         for number, (device, variant) in enumerate(zip(settings.device, variants, strict=True)):
             twins = settings.device[:number].count(device)
             threads = settings.threads
-            if not threads and _is_cpu(device):
-                threads = max(1, cores.threads // len(on_cpu))
+            if not threads and device in settings.on_cpu:
+                threads = max(1, cores.threads // len(settings.on_cpu))
             lanes.append(
                 _load_lane(
                     f"{device}-{twins + 1}" if twins else device, device, artifact, variant, threads, settings, observer
@@ -154,10 +164,6 @@ def _load_lane(
         time.perf_counter() - started,
     )
     return lane
-
-
-def _is_cpu(device: str) -> bool:
-    return device.removeprefix("ov:").lower() == "cpu"
 
 
 def _cache_of(artifact: Artifact, variant: Variant, cache_dir: Path | None) -> Path | None:

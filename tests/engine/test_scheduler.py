@@ -425,6 +425,33 @@ def test_an_item_goes_to_the_lane_that_finishes_it_first(make_scheduler: MakeSch
     run(ask())
 
 
+def test_a_slow_lane_takes_the_newest_of_many_that_wait_and_none_of_few(make_scheduler: MakeScheduler) -> None:
+    slow, fast = FakeRuntime(), FakeRuntime()
+    scheduler = make_scheduler(slow, fast)
+    for size in (4, 400, 4000) * 6:
+        scheduler.lanes[0].cost.anchor(Work(size, 0.0), 10.0 * size)
+
+    async def ask() -> None:
+        slow.gate.clear()
+        fast.gate.clear()
+        # Four that wait are done by the fast one in 4 × 100 ms: sooner than one by the slow one, in a second.
+        tasks = [asyncio.create_task(scheduler.encode(order(value, 100))) for value in range(1, 6)]
+        await entered(fast)
+        await asyncio.sleep(0.02)
+        assert not slow.ran
+        tasks += [asyncio.create_task(scheduler.encode(order(value, 100))) for value in range(6, 16)]
+        await entered(slow)
+        slow.gate.set()
+        fast.gate.set()
+        results = await asyncio.gather(*tasks)
+        assert slow.ran[0] > 5
+        assert {encoded.lane.name for encoded in results[:5]} == {"lane-1"}
+        await settled(scheduler)
+
+    run(ask())
+    assert nothing_left(scheduler) and not scheduler._called_in
+
+
 def test_the_work_of_a_lane_that_fails_moves_on(make_scheduler: MakeScheduler) -> None:
     def fail(_: int) -> None:
         raise RuntimeFault("the device is lost")

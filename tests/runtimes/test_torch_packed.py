@@ -1,5 +1,5 @@
-"""The packed tower gives what the tower gives, on runs of every kind: attention over sequences is done one by one here, since torch
-has it on CUDA only."""
+"""The packed tower gives what the tower gives, on runs of every kind. Attention over sequences is done one by one here, since
+torch has it on CUDA only."""
 
 from __future__ import annotations
 
