@@ -20,6 +20,8 @@ ALLOWED = {
     "sidecar/monitoring/": ("sidecar.engine", "sidecar.__version__"),
     "sidecar/urls/": ("sidecar.errors",),
     "sidecar/server/": ("sidecar",),
+    "sidecar/commands/plan": ("sidecar.commands", "sidecar.plan", "sidecar.load", "sidecar.vision"),
+    "sidecar/plan/": ("sidecar.engine.cost", "sidecar.engine.status", "sidecar.load", "sidecar.vision"),
     "sidecar/commands/serve.py": ("sidecar",),
     "sidecar/commands/health.py": ("sidecar.commands", "sidecar.credentials"),
     "sidecar/commands/load": (
@@ -27,7 +29,14 @@ ALLOWED = {
         *("sidecar.credentials", "sidecar.vision", "sidecar.pb"),
     ),
     "sidecar/load/": ("sidecar.client", "sidecar.replies", "sidecar.vision", "sidecar.pb"),
-    "sidecar/commands/": ("sidecar.client", "sidecar.credentials", "sidecar.picture", "sidecar.vision", "sidecar.pb"),
+    "sidecar/commands/": (
+        "sidecar.client",
+        "sidecar.fleet",
+        "sidecar.credentials",
+        "sidecar.picture",
+        "sidecar.vision",
+        "sidecar.pb",
+    ),
     "sidecar/integrations/__init__.py": (),
     "sidecar/integrations/chat_images.py": ("sidecar.items",),
     "sidecar/integrations/chat.py": (
@@ -37,13 +46,29 @@ ALLOWED = {
     "sidecar/integrations/tensor_file.py": ("sidecar.vision",),
     "sidecar/integrations/vllm/": (
         *("sidecar.client", "sidecar.replies", "sidecar.items", "sidecar.credentials"),
-        *("sidecar.store_file", "sidecar.artifact", "sidecar.vision", "sidecar.pb"),
+        *("sidecar.store_file", "sidecar.vision", "sidecar.pb", "sidecar.fleet", "sidecar.addresses"),
+        *("sidecar.integrations.checkpoint", "sidecar.integrations.owned_directory"),
     ),
+    "sidecar/integrations/dynamo/": (
+        *("sidecar.fleet", "sidecar.addresses", "sidecar.replies", "sidecar.items", "sidecar.credentials"),
+        *("sidecar.vision", "sidecar.pb", "sidecar.integrations.checkpoint", "sidecar.integrations.owned_directory"),
+    ),
+    "sidecar/integrations/checkpoint.py": ("sidecar.artifact", "sidecar.vision"),
+    "sidecar/integrations/owned_directory.py": (),
     "sidecar/client.py": (
         *("sidecar.channel", "sidecar.credentials", "sidecar.exchange", "sidecar.items", "sidecar.replies"),
         *("sidecar.pb", "sidecar.vision"),
     ),
     "sidecar/channel.py": ("sidecar.replies",),
+    "sidecar/addresses.py": (),
+    "sidecar/fleet.py": (
+        *("sidecar.addresses", "sidecar.fleet_errand", "sidecar.fleet_ways", "sidecar.credentials"),
+        *("sidecar.items", "sidecar.pb", "sidecar.replies"),
+    ),
+    "sidecar/fleet_errand.py": ("sidecar.replies",),
+    "sidecar/fleet_ways.py": (
+        *("sidecar.addresses", "sidecar.channel", "sidecar.exchange", "sidecar.items", "sidecar.pb", "sidecar.replies"),
+    ),
     "sidecar/exchange.py": ("sidecar.items", "sidecar.pb", "sidecar.replies"),
     "sidecar/credentials.py": (),
     "sidecar/items.py": ("sidecar.pb", "sidecar.vision"),
@@ -67,11 +92,11 @@ ALLOWED = {
 }
 # Heavy packages and the only places that may import them.
 HEAVY = {
-    "torch": ("sidecar/vision/tower.py", "sidecar/runtimes/torch", "sidecar/integrations/vllm/", "export/"),
+    "torch": ("sidecar/vision/tower.py", "sidecar/runtimes/torch", "sidecar/integrations/", "export/"),
     "triton": ("sidecar/runtimes/torch_kernels.py",),
     "transformers": ("export/optimum_child.py",),
     "vllm": ("sidecar/integrations/vllm/",),
-    "dynamo": (),
+    "dynamo": ("sidecar/integrations/dynamo/",),
     "openvino": ("sidecar/runtimes/openvino.py", "sidecar/runtimes/optimum.py", "export/"),
     "onnxruntime": ("sidecar/runtimes/onnx.py",),
     "prometheus_client": ("sidecar/monitoring/", "sidecar/integrations/vllm/"),

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shlex
 import shutil
 import sys
 import tempfile
@@ -17,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from deploy.launch.chain import BAD_SETTINGS, EXIT_CODES, STOPPED, Chain, run
+from deploy.launch.encoder import encoders as encoders_of
 from deploy.launch.ports import HOST, PortError, Ports
 from deploy.launch.readiness import answers
+from deploy.launch.settings import SettingsError, artifact_of, example, flags, program, seconds
 from deploy.launch.supervisor import Part
 from deploy.launch.vllm_worker import AFFINITY, PLATFORMS, Role, vllm_worker
 
@@ -48,10 +49,6 @@ environment, all of it optional:
 """
 
 
-class SettingsError(ValueError):
-    """Settings that will not do."""
-
-
 def plan(
     model: str, artifact: Path | None, devices: Sequence[str], given: Mapping[str, str], ports: Ports, scratch: Path
 ) -> Chain:
@@ -69,10 +66,12 @@ def plan(
     platform = next((known for known in PLATFORMS if known == given.get("DEVICE_PLATFORM", "cpu")), None)
     if platform is None:
         raise SettingsError(f"DEVICE_PLATFORM must be one of {', '.join(PLATFORMS)}, got {given['DEVICE_PLATFORM']!r}")
-    vllm = _program(given.get("VLLM", "vllm"), "VLLM")
+    vllm = program(given.get("VLLM", "vllm"), "VLLM", "epd.sh")
     beside = Path(vllm).with_name("vllm-router")
-    router = _program(given.get("VLLM_ROUTER") or (str(beside) if beside.exists() else "vllm-router"), "VLLM_ROUTER")
-    encoders = [] if artifact is None else _encoders(artifact, devices, given, ports, scratch)
+    router = program(
+        given.get("VLLM_ROUTER") or (str(beside) if beside.exists() else "vllm-router"), "VLLM_ROUTER", "epd.sh"
+    )
+    encoders = [] if artifact is None else encoders_of(artifact, devices, given, ports, scratch)
 
     visible = given.get(AFFINITY.get(platform, ""), "0,1").split(",")
 
@@ -86,7 +85,7 @@ def plan(
             side_channel_port=ports.take(f"{upper}_NIXL_PORT"),
             platform=platform,
             devices=given.get(f"{upper}_DEVICES", device),
-            arguments=[*_flags(given, "VLLM_ARGS"), *_flags(given, f"{upper}_ARGS")],
+            arguments=[*flags(given, "VLLM_ARGS"), *flags(given, f"{upper}_ARGS")],
             ec_transfer=ec_transfer,
             given=given,
         )
@@ -99,7 +98,7 @@ def plan(
     command = [router, "--vllm-pd-disaggregation", "--prefill", prefill.where, "--decode", decode.where]
     command += ["--host", host, "--port", str(port)]
     command += ["--prometheus-host", HOST, "--prometheus-port", str(ports.take("ROUTER_METRICS_PORT"))]
-    command += _flags(given, "ROUTER_ARGS")
+    command += flags(given, "ROUTER_ARGS")
     return Chain(
         name="epd",
         # The router looks for its workers only every 30 seconds.
@@ -108,29 +107,9 @@ def plan(
             [Part(name="router", command=command, where=url, ready=answers(f"{url}/v1/models"))],
         ],
         url=url,
-        hint=f"try: {_example(url)}",
-        ready_s=_seconds(given, "READY_SECONDS", "600"),
+        hint=f"try: {example(url)}",
+        ready_s=seconds(given, "READY_SECONDS", "600"),
     )
-
-
-def _encoders(
-    artifact: Path, devices: Sequence[str], given: Mapping[str, str], ports: Ports, scratch: Path
-) -> list[Part]:
-    parts = []
-    count = len(devices)
-    listen, metrics = (ports.take_many(name, count) for name in ("ENCODER_PORTS", "ENCODER_METRICS_PORTS"))
-    for number, (device, port, metrics_port) in enumerate(zip(devices, listen, metrics, strict=True)):
-        name = f"encoder-{number}"
-        where, page = f"{HOST}:{port}", f"{HOST}:{metrics_port}"
-        command = [given.get("PYTHON") or sys.executable, "-P", "-m", "sidecar", "serve", "--artifact", str(artifact)]
-        command += ["--device", device, "--listen", where, "--metrics-listen", page]
-        if "EPD_STORE" not in given:
-            command += ["--store", str(scratch / name)]
-        elif count > 1 and given["EPD_STORE"] != "none":  # each needs one of its own
-            command += ["--store", str(Path(given["EPD_STORE"]) / name)]
-        command += _flags(given, "ENCODER_ARGS")
-        parts.append(Part(name=name, command=command, where=where, ready=answers(f"http://{page}/healthz")))
-    return parts
 
 
 def _connector(addresses: Sequence[str], directory: Path, given: Mapping[str, str]) -> dict[str, Any]:
@@ -149,52 +128,11 @@ def _connector(addresses: Sequence[str], directory: Path, given: Mapping[str, st
     }
 
 
-def _flags(given: Mapping[str, str], variable: str) -> list[str]:
-    try:
-        return shlex.split(given.get(variable, ""))
-    except ValueError as error:
-        raise SettingsError(f"{variable}: {str(error).lower()}") from error
-
-
-def _seconds(given: Mapping[str, str], variable: str, default: str) -> float:
-    try:
-        return float(given.get(variable, default))
-    except ValueError:
-        raise SettingsError(f"{variable} must be a number of seconds, got {given[variable]!r}") from None
-
-
-def _program(name: str, variable: str) -> str:
-    found = shutil.which(name)
-    if found is None:
-        raise SettingsError(
-            f"there is no command {name}: say where it is, {variable}=/path/to/{Path(name).name} epd.sh …"
-        )
-    return found
-
-
 def _artifact(options: argparse.Namespace, given: Mapping[str, str]) -> Path | None:
-    if options.model.startswith("random:"):
-        raise SettingsError(
-            f"vLLM cannot load {options.model}: give a checkpoint's directory, such as demo/checkpoint-toy"
-        )
     connector = given.get("CONNECTOR", "on")
     if connector not in ("on", "off"):
         raise SettingsError(f"CONNECTOR must be on or off, got {connector!r}")
-    if connector == "off":
-        return None
-    # `make export` writes it there.
-    artifact: Path = options.artifact or Path("artifacts") / options.model.replace(":", "-").replace("/", "--")
-    if not (artifact / "manifest.json").is_file():
-        advice = (
-            f"{artifact} has no manifest.json" if options.artifact else f"first `make export MODEL={options.model}`"
-        )
-        raise SettingsError(f"there is no artifact in {artifact}: {advice}, or name another")
-    return artifact
-
-
-def _example(url: str) -> str:
-    request = {"messages": [{"role": "user", "content": "What is a sidecar?"}], "max_tokens": 32}
-    return f"curl {url}/v1/chat/completions -H 'content-type: application/json' -d '{json.dumps(request)}'"
+    return artifact_of(options.model, options.artifact) if connector == "on" else None
 
 
 def main() -> int:

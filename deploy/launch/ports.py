@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import random
 import socket
 from collections.abc import Mapping
 
 HOST = "127.0.0.1"
+_LOW_PORTS = range(20_000, 32_768)
+_TRIES = 200
 
 
 class PortError(ValueError):
@@ -24,13 +27,26 @@ class Ports:
         self._environment = environment
         self._held: list[socket.socket] = []
 
-    def take(self, variable: str) -> int:
+    def take(self, variable: str, *, low: bool = False) -> int:
         """The port that the variable names, or a free one.
+
+        Args:
+            low: below 32768, for programs that keep it in 15 bits. The kernel gives none of those by itself.
 
         Raises:
             PortError: if the variable is not a port, or that port is in use.
         """
-        return self._take(variable, self._environment.get(variable, ""))
+        given = self._environment.get(variable, "")
+        if given or not low:
+            return self._take(variable, given)
+        for port in random.sample(_LOW_PORTS, _TRIES):
+            try:
+                return self._take(variable, str(port))
+            except PortError:
+                continue
+        raise PortError(
+            f"there is no free port from {_LOW_PORTS.start} to {_LOW_PORTS.stop - 1}; name one in {variable}"
+        )
 
     def take_many(self, variable: str, count: int) -> list[int]:
         """As many as wanted; the variable has them with spaces or commas between.

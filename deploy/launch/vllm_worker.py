@@ -21,8 +21,8 @@ _KV_ROLES = {"prefill": "kv_producer", "decode": "kv_consumer"}
 AFFINITY = {"cuda": "CUDA_VISIBLE_DEVICES", "xpu": "ZE_AFFINITY_MASK"}
 # Engine and worker in one process (with VLLM_ENABLE_V1_MULTIPROCESSING=0): between two, requests stall for many seconds on few
 # cores. Several workers (--tensor-parallel-size) need `--distributed-executor-backend mp` and =1.
-_CPU_FLAGS = ("--enforce-eager", "--distributed-executor-backend", "uni")
-_NIXL_IDLE = Path(__file__).parent / "nixl_idle"
+CPU_FLAGS = ("--enforce-eager", "--distributed-executor-backend", "uni")
+NIXL_IDLE = Path(__file__).parent / "nixl_idle"
 
 
 def vllm_worker(
@@ -58,11 +58,11 @@ def vllm_worker(
     if ec_transfer is not None:
         command += ["--ec-transfer-config", json.dumps(ec_transfer)]
     if platform == "cpu":
-        command += _CPU_FLAGS
+        command += CPU_FLAGS
     environment = {"VLLM_NIXL_SIDE_CHANNEL_HOST": HOST, "VLLM_NIXL_SIDE_CHANNEL_PORT": str(side_channel_port)}
     if platform == "cpu":
-        environment |= {name: value for name, value in _cpu_environment().items() if name not in given}
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(_NIXL_IDLE), given.get("PYTHONPATH")]))
+        environment |= {name: value for name, value in cpu_environment().items() if name not in given}
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(NIXL_IDLE), given.get("PYTHONPATH")]))
     else:
         environment[AFFINITY[platform]] = devices
     return Part(
@@ -74,7 +74,7 @@ def vllm_worker(
     )
 
 
-def _cpu_environment() -> dict[str, str]:
+def cpu_environment() -> dict[str, str]:
     """So that both workers and the encoders run beside each other on the cores of one machine."""
     cores = len(os.sched_getaffinity(0))
     return {

@@ -1,13 +1,19 @@
-"""How a command reaches a sidecar and proves who it is."""
+"""How a command reaches a sidecar, or several, and proves who it is."""
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
-from sidecar.client import EncoderClient
+from sidecar.client import Embedding, EncoderClient, image_item
 from sidecar.credentials import client_credentials, read_token
+from sidecar.fleet import Fleet
+
+# For a sidecar among several that starts, or a name that is not known yet; nobody wants to wait longer for nothing.
+_UNREACHABLE_S = 5.0
 
 
 def add_credential_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,9 +25,51 @@ def add_credential_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--token-file", metavar="FILE", type=Path, help="send the first token in this file")
 
 
+def names_several(arguments: argparse.Namespace) -> bool:
+    """Whether --server is a list, or a name that is to stand for all its addresses."""
+    server: str = arguments.server
+    return server.startswith("dns:") or ("," in server and not server.startswith("unix:"))
+
+
 def open_client(arguments: argparse.Namespace) -> EncoderClient:
-    """A client of the server that the arguments name. Raises as `proofs`."""
+    """A client of the one server that the arguments name. Raises as `proofs`."""
     return EncoderClient(arguments.server, **proofs(arguments))
+
+
+def open_fleet(arguments: argparse.Namespace) -> Fleet:
+    """All servers that the arguments name. Raises as `proofs`.
+
+    Raises:
+        AddressError: if --server is no list of addresses.
+    """
+    return Fleet([arguments.server], **proofs(arguments))
+
+
+class FleetClient:
+    """Of a fleet, what a command that encodes needs of an `EncoderClient`. Raises as `open_fleet`."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self._fleet = open_fleet(arguments)
+        self._runner = asyncio.Runner()
+
+    def encode_image(
+        self, data: bytes, *, min_pixels: int | None, max_pixels: int | None, timeout_s: float
+    ) -> Embedding:
+        """Raises:
+        ValueError: if there are no bytes.
+        EncodeError, ProtocolError: if no sidecar could.
+        """
+        item = image_item(data, min_pixels=min_pixels, max_pixels=max_pixels)
+        return self._runner.run(self._fleet.encode(item, timeout_s, unreachable_s=_UNREACHABLE_S))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._runner.run(self._fleet.close())
+        self._runner.close()
 
 
 def proofs(arguments: argparse.Namespace) -> dict[str, Any]:

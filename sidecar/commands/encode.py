@@ -32,8 +32,9 @@ from sidecar.commands import (
     print_no_server,
     printable,
 )
-from sidecar.commands.connection import add_credential_arguments, open_client
+from sidecar.commands.connection import FleetClient, add_credential_arguments, names_several, open_client
 from sidecar.credentials import CredentialsError
+from sidecar.fleet import AddressError
 from sidecar.picture import draw_components
 from sidecar.vision.dtypes import Array
 from sidecar.vision.images import decode_image
@@ -106,9 +107,9 @@ def run(arguments: argparse.Namespace) -> int:
         print_error(str(error))
         return BAD_ARGUMENTS
     try:
-        with open_client(arguments) as client:
+        with FleetClient(arguments) if names_several(arguments) else open_client(arguments) as client:
             return _encode_all(client, photos, pictures, arguments)
-    except CredentialsError as error:
+    except (AddressError, CredentialsError) as error:
         print_error(str(error))
         return BAD_ARGUMENTS
     except KeyboardInterrupt:
@@ -173,7 +174,10 @@ def save(path: Path, encoded: Sequence[_Encoded]) -> None:
 
 
 def _encode_all(
-    client: EncoderClient, photos: Sequence[_Photo], pictures: Mapping[_Photo, Path], arguments: argparse.Namespace
+    client: EncoderClient | FleetClient,
+    photos: Sequence[_Photo],
+    pictures: Mapping[_Photo, Path],
+    arguments: argparse.Namespace,
 ) -> int:
     encoded: list[_Encoded] = []
     status = 0
@@ -207,7 +211,7 @@ def _encode_all(
     return status
 
 
-def _encode(client: EncoderClient, photo: _Photo, arguments: argparse.Namespace) -> _Encoded:
+def _encode(client: EncoderClient | FleetClient, photo: _Photo, arguments: argparse.Namespace) -> _Encoded:
     data = photo.path.read_bytes()
     begun = time.perf_counter()
     embedding = client.encode_image(

@@ -1,8 +1,9 @@
-"""`python -m sidecar info`: what a server holds, on what it runs, and what it accepts."""
+"""`python -m sidecar info`: what a server holds, or each of several, on what it runs, and what it accepts."""
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 from collections.abc import Iterator
 
@@ -20,8 +21,9 @@ from sidecar.commands import (
     print_no_server,
     printable,
 )
-from sidecar.commands.connection import add_credential_arguments, open_client
+from sidecar.commands.connection import add_credential_arguments, names_several, open_client, open_fleet
 from sidecar.credentials import CredentialsError
+from sidecar.fleet import AddressError
 from sidecar.pb import encoder_pb2
 
 
@@ -32,38 +34,75 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add_server_argument(parser)
     add_credential_arguments(parser)
     parser.add_argument("--timeout", metavar="SECONDS", type=positive_float, default=10.0, help="default: %(default)s")
-    parser.add_argument("--json", action="store_true", help="the reply as protobuf's JSON (64-bit numbers are strings)")
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help="the reply as protobuf's JSON (64-bit numbers are strings); by address, of several",
+    )
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
     try:
+        if names_several(arguments):
+            return _report_each(arguments, asyncio.run(_infos(arguments)))
         with open_client(arguments) as client:
             info = client.info(arguments.timeout)
-    except CredentialsError as error:
+    except (AddressError, CredentialsError) as error:
         print_error(str(error))
         return BAD_ARGUMENTS
-    except EncodeError as error:
-        if error.code in ("UNAVAILABLE", "DEADLINE_EXCEEDED"):
-            print_no_server(arguments.server, error)
-            return NO_SERVER
-        print_error(f"{arguments.server}: {error}")
-        return FAILED
     except ClientError as error:
-        print_error(f"{arguments.server}: {error}")
-        return FAILED
+        return _report_failure(arguments.server, error)
     except KeyboardInterrupt:
         print_error("interrupted")
         return INTERRUPTED
     if arguments.json:
-        values = json_format.MessageToDict(
-            info, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
-        )
-        print(json.dumps(values, indent=2))
-        return 0
-    for name, value in (("server", arguments.server), *_rows(info)):
-        print(f"{name:<12} {printable(value)}".rstrip())
+        print(json.dumps(_values(info), indent=2))
+    else:
+        _print_table(arguments.server, info)
     return 0
+
+
+async def _infos(arguments: argparse.Namespace) -> dict[str, encoder_pb2.InfoResponse | ClientError]:
+    async with open_fleet(arguments) as fleet:
+        return await fleet.infos(arguments.timeout)
+
+
+def _report_each(arguments: argparse.Namespace, infos: dict[str, encoder_pb2.InfoResponse | ClientError]) -> int:
+    """Print all that answered; the exit code is 0 if all did, and as for one server if none did."""
+    failed = {address: info for address, info in infos.items() if isinstance(info, ClientError)}
+    answered = {address: info for address, info in infos.items() if not isinstance(info, ClientError)}
+    if arguments.json:
+        errors = {address: {"error": str(error)} for address, error in failed.items()}
+        print(json.dumps({address: _values(info) for address, info in answered.items()} | errors, indent=2))
+    else:
+        for number, (address, info) in enumerate(answered.items()):
+            if number:
+                print()
+            _print_table(address, info)
+    codes = [_report_failure(address, error) for address, error in failed.items()]
+    if len({info.fingerprint for info in answered.values()}) > 1:
+        print_error("the sidecars hold different models: their fingerprints differ")
+        codes.append(FAILED)
+    return FAILED if answered and codes else max(codes, default=0)
+
+
+def _report_failure(address: str, error: ClientError) -> int:
+    """Print why there was no answer; returns the exit code."""
+    if isinstance(error, EncodeError) and error.code in ("UNAVAILABLE", "DEADLINE_EXCEEDED"):
+        print_no_server(address, error)
+        return NO_SERVER
+    print_error(f"{address}: {error}")
+    return FAILED
+
+
+def _values(info: encoder_pb2.InfoResponse) -> dict[str, object]:
+    return json_format.MessageToDict(info, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
+
+
+def _print_table(address: str, info: encoder_pb2.InfoResponse) -> None:
+    for name, value in (("server", address), *_rows(info)):
+        print(f"{name:<12} {printable(value)}".rstrip())
 
 
 def _rows(info: encoder_pb2.InfoResponse) -> Iterator[tuple[str, str]]:

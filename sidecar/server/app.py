@@ -169,6 +169,7 @@ class _App:
         with suppress(TimeoutError):
             async with asyncio.timeout(settings.drain_seconds):
                 await self._finished()
+        await self._health.close(_LAST_STREAMS_S)
         await server.stop(min(_LAST_STREAMS_S, max(0.0, until - time.monotonic())))
         for pool in (self._preprocessing, self._opening):
             pool.shutdown(wait=False, cancel_futures=True)

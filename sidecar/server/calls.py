@@ -21,7 +21,7 @@ from sidecar.monitoring.metrics import EMBEDDING, Metrics
 from sidecar.monitoring.request_log import RequestRecord
 from sidecar.monitoring.tracing import RequestSpan, Tracing
 from sidecar.server.callers import Caller, Metadata, caller_of
-from sidecar.server.load_report import METADATA_KEY, load_report
+from sidecar.server.load_report import trailing_metadata
 from sidecar.server.model import Model
 
 logger = logging.getLogger(__name__)
@@ -179,5 +179,5 @@ class Calls:
         await self._ended.wait()
 
 
-def _report(model: Model) -> tuple[tuple[str, bytes], ...]:
-    return ((METADATA_KEY, load_report(model.scheduler.lanes)),)
+def _report(model: Model) -> tuple[tuple[str, str | bytes], ...]:
+    return trailing_metadata(model.scheduler.lanes)

@@ -25,6 +25,8 @@ class HealthService(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # ge
         self._services = frozenset(("", *services))
         self._serving = True
         self._draining = False
+        self._closed = False
+        self._watchers = 0
         self._changed = asyncio.Event()
 
     @property
@@ -38,9 +40,17 @@ class HealthService(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # ge
             self._tell()
 
     def drain(self) -> None:
-        """Answer NOT_SERVING from now on, tell the watchers, and let them go."""
+        """Answer NOT_SERVING from now on, and tell the watchers. They stay: gRPC's own, in clients, would come back at once."""
         self._draining = True
         self._tell()
+
+    async def close(self, seconds: float) -> None:
+        """Let the watchers go, and wait until they have."""
+        self._closed = True
+        self._tell()
+        ends = asyncio.get_running_loop().time() + seconds
+        while self._watchers and asyncio.get_running_loop().time() < ends:  # noqa: ASYNC110  # the last look before the end
+            await asyncio.sleep(0.01)
 
     async def Check(self, request: HealthCheckRequest, context: _Context) -> HealthCheckResponse:
         if request.service not in self._services:
@@ -50,14 +60,18 @@ class HealthService(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # ge
 
     async def Watch(self, request: HealthCheckRequest, context: _Context) -> AsyncIterator[HealthCheckResponse]:
         told = None
-        while True:
-            changed = self._changed
-            if (now := self._health(request.service)) != told:
-                yield now
-                told = now
-            if self._draining:
-                return
-            await changed.wait()
+        self._watchers += 1
+        try:
+            while True:
+                changed = self._changed
+                if (now := self._health(request.service)) != told:
+                    yield now
+                    told = now
+                if self._closed:
+                    return
+                await changed.wait()
+        finally:
+            self._watchers -= 1
 
     def _tell(self) -> None:
         changed, self._changed = self._changed, asyncio.Event()

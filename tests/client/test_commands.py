@@ -288,3 +288,39 @@ def test_info_as_json_is_the_contracts_message(serve, capsys):
     out = capsys.readouterr().out
     assert json_format.Parse(out, pb.InfoResponse()) == INFO
     assert json.loads(out)["checkpoint"]["random_weights"] is False
+
+
+def test_info_of_several_shows_each(serve, capsys):
+    first, second = serve(info=INFO).address, serve(info=INFO).address
+    assert run("info", "--server", f"{first},{second}") == 0
+    out = capsys.readouterr().out
+    assert out.count("checkpoint   Qwen/Qwen2.5-VL-3B-Instruct, bfloat16\n") == 2
+    assert f"server       {first}\n" in out and f"\n\nserver       {max(first, second)}\n" in out
+    assert run("info", "--server", f"{first},{second}", "--json") == 0
+    assert {each["fingerprint"] for each in json.loads(capsys.readouterr().out).values()} == {"f1"}
+
+
+def test_info_of_several_tells_which_does_not_answer(serve, capsys):
+    living = serve(info=INFO).address
+    assert run("info", "--server", f"{living},127.0.0.1:1") == 1
+    captured = capsys.readouterr()
+    assert f"server       {living}\n" in captured.out
+    assert captured.err.startswith("no encoder sidecar answers at 127.0.0.1:1: ")
+    assert run("info", "--server", "127.0.0.1:1,127.0.0.2:1") == 2
+
+
+def test_info_of_several_tells_when_they_hold_different_models(serve, capsys):
+    other = pb.InfoResponse(fingerprint="f2")
+    assert run("info", "--server", f"{serve(info=INFO).address},{serve(info=other).address}") == 1
+    assert capsys.readouterr().err == "the sidecars hold different models: their fingerprints differ\n"
+
+
+def test_one_of_several_sidecars_is_enough(server, capsys):
+    assert run("encode", CAT, "--server", f"127.0.0.1:1,{server.address}") == 0
+    assert capsys.readouterr().out.startswith("cat-451x300.png: grid 1×")
+
+
+@pytest.mark.parametrize("command", [("info",), ("encode", CAT)], ids=["info", "encode"])
+def test_a_list_that_is_none_is_told_in_a_line(command, capsys):
+    assert run(*command, "--server", "127.0.0.1:1,elsewhere") == 2
+    assert capsys.readouterr().err.startswith("'elsewhere' is not host:port; ")

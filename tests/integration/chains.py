@@ -1,4 +1,4 @@
-"""EPD chains as `deploy/launch/epd.sh` starts them, with a real vLLM on CPU."""
+"""EPD chains as `deploy/launch/epd.sh` and `dynamo_epd.sh` start them, with a real vLLM on CPU."""
 
 from __future__ import annotations
 
@@ -26,24 +26,29 @@ VLLM_ARGS = """--served-model-name toy --dtype float32 --max-model-len 2048 --ma
 class EpdChain:
     """It has been started when this is made, and `wait_ready` returns once it serves. Its parts are found by what it prints."""
 
+    script = "epd.sh"
+
     def __init__(self, model: Path, artifact: Path, logs: Path, devices: Sequence[str], **environment: str) -> None:
         """`environment` beside the tests' own; an image is answered with a sidecar's embedding or with an error, unless it says
         otherwise."""
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(("EPD_", "DYN_"))}
-        inherited |= {"PYTHON": sys.executable, "VLLM": str(VLLM_ENVIRONMENT / "bin" / "vllm"), "VLLM_ARGS": VLLM_ARGS}
-        inherited |= {"ENCODER_ARGS": "--precision f32 --embedding-dtype float32", "LOG_DIR": str(logs)}
-        inherited |= {"CONNECTOR_OPTIONS": '{"on_failure": "fail"}', "READY_SECONDS": str(READY_S)}
+        inherited |= {"PYTHON": sys.executable, "VLLM_ARGS": VLLM_ARGS, "LOG_DIR": str(logs)}
+        inherited |= {"ENCODER_ARGS": "--precision f32 --embedding-dtype float32", "READY_SECONDS": str(READY_S)}
         inherited |= {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
         flags = [flag for device in devices for flag in ("--device", device)]
         self.front = subprocess.Popen(
-            [ROOT / "deploy" / "launch" / "epd.sh", model, artifact, *flags],
-            env=inherited | environment,
+            [ROOT / "deploy" / "launch" / self.script, model, artifact, *flags],
+            env=inherited | self.own_environment() | environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
         self.logs = logs
         self.told = ""
+
+    def own_environment(self) -> dict[str, str]:
+        vllm = str(VLLM_ENVIRONMENT / "bin" / "vllm")
+        return {"VLLM": vllm, "CONNECTOR_OPTIONS": '{"on_failure": "fail"}'}
 
     def wait_ready(self) -> None:
         """Raises:

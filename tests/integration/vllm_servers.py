@@ -55,6 +55,7 @@ class VllmServer:
             url = "data:image/png;base64," + base64.b64encode(image).decode()
             parts.append({"type": "image_url", "image_url": {"url": url}})
         body = {
+            "model": "toy",
             "messages": [{"role": "user", "content": parts}],
             "max_tokens": tokens,
             "temperature": 0,

@@ -292,12 +292,29 @@ def test_an_answer_after_the_deadline_is_no_answer(faulty: FaultySidecar, vllm: 
     assert faulty.left.wait(LONG_S)
 
 
-def test_a_sidecar_that_hangs_leaves_time_for_another(faulty: FaultySidecar, vllm: StartVllm) -> None:
-    """It is on the list twice, so that the next ask is its as well."""
-    worker = vllm([faulty.address, faulty.address], timeout_s=4.0)
-    faulty.answer(Fault.HANG)
-    assert worker.obtain(worker.image()).file is not None
-    assert worker.tally.take()["errors"] == {"DEADLINE_EXCEEDED": 1}
+def test_a_sidecar_that_hangs_leaves_time_for_another(server: Server, faulty: FaultySidecar, vllm: StartVllm) -> None:
+    worker = vllm([faulty.address, server.address], timeout_s=4.0)
+    faulty.always = Fault.HANG
+    while not faulty.hanging.is_set():
+        assert worker.obtain(worker.image()).file is not None
+    assert worker.tally.take()["errors"]["DEADLINE_EXCEEDED"] >= 1
+
+
+def test_what_one_of_several_refuses_another_does(server: Server, faulty: FaultySidecar, vllm: StartVllm) -> None:
+    worker = vllm([faulty.address, server.address], attempts=1)
+    faulty.always = Fault.INTERNAL
+    while "Encode" not in faulty.calls:
+        assert worker.obtain(worker.image()).file is not None
+    assert worker.tally.take()["errors"] == {"INTERNAL": faulty.calls.count("Encode")}
+
+
+def test_what_breaks_each_of_several_is_given_up(faulty: FaultySidecar, server: Server, vllm: StartVllm) -> None:
+    with FaultySidecar(server.address) as other:
+        faulty.always = other.always = Fault.INTERNAL
+        worker = vllm([faulty.address, other.address])
+        assert (worker.obtain(worker.image()).failure or "").startswith("INTERNAL: something broke")
+        assert (faulty.calls + other.calls).count("Encode") == 3
+    assert worker.tally.take()["errors"] == {"INTERNAL": 3}
 
 
 def test_a_sidecar_that_dies_under_way_and_comes_back_costs_time_only(faulty: FaultySidecar, vllm: StartVllm) -> None:
@@ -387,10 +404,15 @@ def test_a_sidecar_with_another_model_is_never_believed(server: Server, vllm: St
 
 
 def test_what_cannot_work_is_told_at_the_start(server: Server, vllm: StartVllm, tmp_path: Path) -> None:
-    with pytest.raises(OptionsError, match="cannot be looked up"):
-        vllm([server.address, "no-such-host.invalid:50051"])
+    with pytest.raises(OptionsError, match="not host:port"):
+        vllm([server.address, "no-port"])
     with pytest.raises(Exception, match="token"):
         vllm(server.address, token_file=str(tmp_path / "token"))
+
+
+def test_a_name_of_a_list_that_is_not_there_is_done_without(server: Server, vllm: StartVllm) -> None:
+    worker = vllm([server.address, "no-such-host.invalid:50051"])
+    assert worker.obtain(worker.image()).file is not None
 
 
 def test_closing_ends_what_is_under_way(faulty: FaultySidecar, vllm: StartVllm) -> None:

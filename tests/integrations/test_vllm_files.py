@@ -17,7 +17,7 @@ import pytest
 from servers import ROOT
 from stores import description, shared_memory
 
-from sidecar.integrations.vllm import files as files_module
+from sidecar.integrations import owned_directory
 from sidecar.integrations.vllm.files import LocalFile, LocalFiles
 from sidecar.store_file import FILE_NAME, create, read
 from sidecar.vision.dtypes import Array, DType, from_float32
@@ -228,7 +228,7 @@ def test_two_that_start_at_the_same_moment_do_not_take_each_other_for_dead(
             others[0] = LocalFiles(parent)
         return lock(handle, operation)
 
-    monkeypatch.setattr(files_module.fcntl, "flock", flock)
+    monkeypatch.setattr(owned_directory.fcntl, "flock", flock)
     first = LocalFiles(parent)
     for each in (first, others[0]):
         each.add(rows(), WHAT, None)

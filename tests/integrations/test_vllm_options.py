@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +41,6 @@ def test_null_leaves_the_default() -> None:
         ({"address": 50051}, "address"),
         ({"address": ["encoder:50051", 7]}, "address"),
         ({"address": ["encoder:50051", "unix:/tmp/socket"]}, "unix:/tmp/socket"),
-        ({"address": ["encoder:50051", "dns:///encoder:50051"]}, "dns:///encoder:50051"),
         ({"address": "http://encoder:50051"}, "http://encoder:50051"),
         ({"address": "encoder"}, "'encoder' is not host:port"),
         ({"address": "a:1,b:2"}, "give several as a JSON list"),
@@ -91,30 +89,18 @@ def test_no_address_is_asked_for() -> None:
 
 
 @pytest.mark.parametrize(
-    "address",
-    ["encoder:50051", "unix:/run/epd.sock", "dns:///encoder:50051", "[::1]:50051"],
+    ("address", "several"),
+    [
+        ("encoder:50051", False),
+        ("unix:/run/epd.sock", False),
+        ("[::1]:50051", False),
+        (["encoder:50051"], False),
+        ("dns:///encoder:50051", True),
+        (["127.0.0.1:1", "encoder:2"], True),
+    ],
 )
-def test_one_address_is_grpcs_own_affair(address: str) -> None:
-    assert options(address).target() == address
-    assert options([address]).target() == address
-
-
-def test_a_list_is_one_target() -> None:
-    assert options(["127.0.0.1:1", "127.0.0.2:2"]).target() == "ipv4:127.0.0.1:1,127.0.0.2:2"
-    assert options(["[::1]:1", "[::1]:2"]).target() == "ipv6:[::1]:1,[::1]:2"
-
-
-def test_host_names_of_a_list_are_looked_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    """IPv4 where a host has both."""
-    known = {
-        "first": [(socket.AF_INET6, ("fd00::1", 1, 0, 0)), (socket.AF_INET, ("10.0.0.1", 1))],
-        "second": [(socket.AF_INET, ("10.0.0.2", 2))],
-    }
-
-    def getaddrinfo(host: str, port: int, **_: Any) -> list[tuple[Any, ...]]:
-        return [(family, socket.SOCK_STREAM, 6, "", address) for family, address in known[host]]
-
-    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+def test_a_list_or_a_name_to_follow_may_be_several(address: str | list[str], several: bool) -> None:
+    assert options(address).may_be_several is several
 
 
 @pytest.mark.parametrize(
@@ -123,13 +109,13 @@ def test_host_names_of_a_list_are_looked_up(monkeypatch: pytest.MonkeyPatch) -> 
         (["127.0.0.1:1", "encoder"], "'encoder' is not host:port"),
         (["127.0.0.1:1", ":50051"], "':50051' is not host:port"),
         (["127.0.0.1:1", "encoder:port"], "'encoder:port' is not host:port"),
-        (["127.0.0.1:1", "no-such-host.invalid:1"], "no-such-host.invalid cannot be looked up"),
-        (["127.0.0.1:1", "[::1]:1"], "IPv4 addresses or of IPv6 addresses, not of both"),
+        (["127.0.0.1:1", "unix:/run/epd.sock"], "a list may hold host:port only, got unix:/run/epd.sock"),
+        ("127.0.0.1:1,127.0.0.1:2", "give several as a JSON list"),
     ],
 )
-def test_a_list_that_is_no_target_is_refused(addresses: list[str], said: str) -> None:
+def test_what_is_no_address_is_refused(addresses: str | list[str], said: str) -> None:
     with pytest.raises(OptionsError, match="address: ") as raised:
-        options(addresses).target()
+        options(addresses)
     assert said in str(raised.value)
 
 

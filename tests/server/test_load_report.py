@@ -8,8 +8,9 @@ from __future__ import annotations
 import asyncio
 import struct
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from types import SimpleNamespace
 from typing import Any, cast
 
 import grpc
@@ -18,20 +19,38 @@ import pytest
 from sidecar.channel import CHANNEL_OPTIONS
 from sidecar.engine.cost import Work
 from sidecar.engine.lane import Lane
-from sidecar.server.load_report import METADATA_KEY, load_report
+from sidecar.engine.status import CostCurve, LaneStatus
+from sidecar.server.load_report import METADATA_KEY, SERVER_KEY, load_report, trailing_metadata
 
 
 class FakeLane:
-    """A lane that does `rate` pictures a second when it is `busy_share` busy."""
+    """A lane that by its cost model does `rate` pictures a second, and is `busy_share` busy.
 
-    def __init__(self, rate: float, busy_share: float, out_for_s: float = 0.0) -> None:
+    `ran`: (patches, milliseconds) of the runs it has measured since it was ready.
+    """
+
+    def __init__(
+        self,
+        rate: float,
+        busy_share: float,
+        out_for_s: float = 0.0,
+        ran: Sequence[tuple[int, float]] = (),
+        streams: int = 1,
+    ) -> None:
         self.rate, self.busy_share, self.out_for_s = rate, busy_share, out_for_s
+        self.ran, self.streams = ran, streams
 
     def bulk_ms(self, work: Work, items: int) -> float:
         return 1e3 / self.rate
 
     def busy(self) -> float:
         return self.busy_share
+
+    def status(self) -> LaneStatus:
+        """What a load report reads of it."""
+        warm_up = ((64, 1000.0), (4096, 1000.0))
+        cost = CostCurve(fixed_ms=0.0, per_patch_ms=0.0, per_pair_ms=0.0, samples=(*warm_up, *self.ran))
+        return cast(LaneStatus, SimpleNamespace(runs=len(self.ran), streams=self.streams, cost=cost))
 
 
 def report(*lanes: FakeLane) -> bytes:
@@ -55,6 +74,33 @@ def test_a_lane_out_of_service_counts_for_nothing() -> None:
     rate, utilisation = read(report(FakeLane(20.0, 0.5, out_for_s=3.0), FakeLane(5.0, 0.5)))
     assert rate / utilisation == pytest.approx(5.0)
     assert report(FakeLane(20.0, 0.5, out_for_s=3.0)) == b""
+
+
+@pytest.mark.parametrize("runs", [4, 32, 128])
+def test_once_it_has_run_something_what_was_measured_counts(runs: int) -> None:
+    """A picture of 448×448 has 1024 patches: 256 patches in 10 ms are 25 pictures a second."""
+    rate, utilisation = read(report(FakeLane(999.0, 0.5, ran=[(256, 10.0)] * runs)))
+    assert rate / utilisation == pytest.approx(25.0)
+
+
+def test_runs_of_unequal_size_count_by_the_work_that_was_done() -> None:
+    rate, utilisation = read(report(FakeLane(999.0, 0.5, ran=[(256, 20.0), (1792, 60.0)] * 4)))
+    assert rate / utilisation == pytest.approx(25.0)
+
+
+def test_two_runs_at_a_time_do_twice_as_much() -> None:
+    rate, utilisation = read(report(FakeLane(999.0, 0.5, ran=[(1024, 40.0)] * 8, streams=2)))
+    assert rate / utilisation == pytest.approx(50.0)
+
+
+def test_a_server_that_has_become_slower_says_so_after_a_few_runs() -> None:
+    rate, utilisation = read(report(FakeLane(999.0, 0.5, ran=[(1024, 10.0)] * 100 + [(1024, 100.0)] * 32)))
+    assert rate / utilisation == pytest.approx(10.0)
+
+
+def test_replies_say_who_answers() -> None:
+    first, second = (dict(trailing_metadata([])) for _ in range(2))
+    assert first[SERVER_KEY] and first[SERVER_KEY] == second[SERVER_KEY]
 
 
 def test_grpc_shares_calls_out_by_what_servers_report() -> None:

@@ -19,7 +19,6 @@ from sidecar.client import (
     ClientError,
     Embedding,
     EncodeError,
-    ItemError,
     ProtocolError,
     RequestTooLargeError,
 )
@@ -27,7 +26,7 @@ from sidecar.integrations.vllm.features import Wanted
 from sidecar.integrations.vllm.files import LocalFile, LocalFiles
 from sidecar.integrations.vllm.identity import Identity, MismatchError
 from sidecar.integrations.vllm.options import Options
-from sidecar.integrations.vllm.sidecars import Sidecars
+from sidecar.integrations.vllm.sidecars import GivenUpError, Sidecars
 from sidecar.integrations.vllm.tally import Tally
 from sidecar.store_file import Description
 
@@ -136,7 +135,7 @@ class Fetcher:
     async def _open(self) -> None:
         tower = self._identity.tower
         # Twice the longest video that Qwen2.5-VL takes, in float32.
-        self._sidecars = Sidecars(self._options, 2 * 24576 * tower.out_hidden_size * 4)
+        self._sidecars = Sidecars(self._options, 2 * 24576 * tower.out_hidden_size * 4, self._refused)
         self._known = asyncio.ensure_future(asyncio.to_thread(self._identity.establish))
 
     async def _close(self) -> None:
@@ -177,7 +176,7 @@ class Fetcher:
     async def _meet(self) -> None:
         await asyncio.shield(self._known)
         assert self._sidecars is not None
-        info = await self._sidecars.every.info(_INFO_S)
+        info = await self._sidecars.info(_INFO_S)
         self._identity.meet(info)
         self._sidecars.learn_store(info)
 
@@ -187,7 +186,9 @@ class Fetcher:
         try:
             outcome, file = await self._obtain(fetch.wanted, begun + self._options.item_s)
         except Exception as error:
-            if not isinstance(error, (ClientError, MismatchError, WrongEmbeddingError, OSError, ValueError)):
+            if not isinstance(
+                error, (ClientError, GivenUpError, MismatchError, WrongEmbeddingError, OSError, ValueError)
+            ):
                 logger.exception("a defect in fetching an embedding")
             spent_s, asked = time.monotonic() - begun, ", ".join(self._options.addresses)
             fetch.failure = f"{str(error) or type(error).__name__} ({asked}, after {spent_s:.1f} s)"
@@ -204,7 +205,7 @@ class Fetcher:
             wait_s, last = pause_s, ends
             try:
                 asks += 1
-                return await self._ask(wanted, ends, asks)
+                return await self._ask(wanted, ends)
             except EncodeError as error:
                 self._tally.error(error.code)
                 if error.code not in _PASSING or isinstance(error, RequestTooLargeError):
@@ -225,44 +226,31 @@ class Fetcher:
             await asyncio.sleep(wait_s)
             pause_s = min(2 * pause_s, _LAST_PAUSE_S)
 
-    async def _ask(self, wanted: Wanted, ends: float, asks: int) -> tuple[str, LocalFile]:
+    async def _ask(self, wanted: Wanted, ends: float) -> tuple[str, LocalFile]:
         await asyncio.shield(self._known)
         if self._identity.expected is None:
             await self._meet()
         assert self._sidecars is not None
         timeout_s = ends - time.monotonic()
-        if self._options.may_be_several and asks < self._options.attempts:
-            timeout_s /= 2  # one that hangs leaves time for another
         if timeout_s <= 0:
             raise EncodeError("DEADLINE_EXCEEDED", "its time was over before a sidecar was asked")
+        client: AsyncEncoderClient | None
         if wanted.pixels is None:
-            outcome, client, embedding = "fetched", *await self._by_key(wanted.key, timeout_s)
+            outcome, (embedding, client) = "fetched", await self._sidecars.fetch(wanted.key, timeout_s)
         else:
-            client = self._sidecars.linking or self._sidecars.every
             item = await asyncio.to_thread(wanted.item, self._identity.tower, self._identity.pixels)
-            embedding = _only(await client.encode([item], timeout_s, hold=True))
+            embedding, client = await self._sidecars.encode(item, timeout_s)
             outcome = "linked" if embedding.path is not None else "sent"
         try:
             return outcome, await self._keep(wanted, embedding)
         finally:
-            if embedding.lease:
+            if client is not None and embedding.lease:
                 release = asyncio.ensure_future(_release(client, embedding.lease))
                 self._releases.add(release)
                 release.add_done_callback(self._releases.discard)
 
-    async def _by_key(self, key: str, timeout_s: float) -> tuple[AsyncEncoderClient, Embedding]:
-        assert self._sidecars is not None
-        clients = await self._sidecars.each()
-        failure: EncodeError | None = None
-        for client in clients:
-            try:
-                return client, _only(await client.fetch([key], timeout_s / len(clients), hold=True))
-            except EncodeError as error:
-                # One that cannot be reached may be the one that has it.
-                if failure is None or failure.code == "NOT_FOUND":
-                    failure = error
-        assert failure is not None
-        raise failure
+    def _refused(self, code: str) -> None:
+        self._tally.error("wrong embedding" if code == "PROTOCOL" else code)
 
     async def _keep(self, wanted: Wanted, embedding: Embedding) -> LocalFile:
         width = self._identity.tower.out_hidden_size
@@ -291,13 +279,6 @@ class Fetcher:
     def _remove_added(self, adding: asyncio.Future[LocalFile]) -> None:
         if not adding.cancelled() and adding.exception() is None:
             self._files.remove(adding.result().name)
-
-
-def _only(results: list[Embedding | ItemError]) -> Embedding:
-    (result,) = results
-    if isinstance(result, ItemError):
-        raise result.as_exception()
-    return result
 
 
 async def _release(client: AsyncEncoderClient, lease: str) -> None:

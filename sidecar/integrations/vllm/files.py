@@ -9,21 +9,17 @@ the sidecar's eviction nor its death takes it away. Elsewhere it is a copy. What
 
 from __future__ import annotations
 
-import fcntl
 import itertools
 import os
 import shutil
-import tempfile
-import weakref
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from sidecar.integrations.owned_directory import OwnedDirectory
 from sidecar.store_file import FILE_NAME, Description, create, read
 from sidecar.vision.dtypes import Array, all_finite
 
 _PREFIX = "epd-vllm-"
-_LOCK = ".lock"
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,19 +40,9 @@ class LocalFiles:
         Raises:
             OSError: if `parent` cannot be written.
         """
-        for left in parent.glob(_PREFIX + "*"):
-            _remove_if_left(left)
-        while True:
-            self.path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))  # of mode 0700
-            self._lock = os.open(self.path / _LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
-            fcntl.flock(self._lock, fcntl.LOCK_EX)
-            if (self.path / _LOCK).exists():
-                break
-            # Another process that starts now took it for one left behind, while it was not locked yet.
-            os.close(self._lock)
+        self._directory = OwnedDirectory(parent, _PREFIX)
+        self.path = self._directory.path
         self._numbers = itertools.count()
-        # Where vLLM ends without a word to its connector, as in a script.
-        self._remove_all = weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
 
     def add(self, rows: Array, description: Description, linkable: Path | None) -> LocalFile:
         """Keep an embedding and check it as it lies here.
@@ -88,9 +74,7 @@ class LocalFiles:
 
     def close(self) -> None:
         """Remove all of them."""
-        self._remove_all()
-        with suppress(OSError):
-            os.close(self._lock)
+        self._directory.close()
 
 
 def _link(source: Path, place: Path) -> bool:
@@ -100,15 +84,3 @@ def _link(source: Path, place: Path) -> bool:
     except OSError:
         return False
     return True
-
-
-def _remove_if_left(directory: Path) -> None:
-    with suppress(OSError):  # somebody else's, or gone meanwhile
-        if directory.is_symlink() or directory.stat().st_uid != os.geteuid():
-            return
-        lock = os.open(directory / _LOCK, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(directory, ignore_errors=True)
-        finally:
-            os.close(lock)

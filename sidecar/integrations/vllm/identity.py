@@ -7,21 +7,16 @@ made up, or not in safetensors on this host), the structure is compared, and the
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
-from typing import Any
 
-from sidecar.artifact import fingerprint, tensor_hash
+from sidecar.integrations.checkpoint import checkpoint_directory, checkpoint_fingerprint, pixel_spec
 from sidecar.pb import encoder_pb2
-from sidecar.vision.spec import VISION_PREFIXES, PixelSpec, TowerSpec, processor_configs
+from sidecar.vision.spec import PixelSpec, TowerSpec
 
 # vLLM shows what is logged below its own name.
 logger = logging.getLogger("vllm." + __name__)
 
-_INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
-_FLOATS = ("bfloat16", "float16", "float32")
 
 
 class MismatchError(Exception):
@@ -100,61 +95,3 @@ class Identity:
                 f"the sidecar serves the fingerprint {theirs[:16]}…, this model's is {ours}; export the checkpoint that vLLM "
                 f"has loaded ({Path(self._model).name})"
             )
-
-
-def checkpoint_directory(model: str, revision: str | None) -> Path | None:
-    """Where vLLM finds the checkpoint: a directory, or the hub's cache."""
-    if Path(model).is_dir():
-        return Path(model)
-    try:
-        from huggingface_hub import snapshot_download
-
-        return Path(snapshot_download(model, revision=revision, local_files_only=True))
-    except Exception:  # of many kinds, and each means that it is not here
-        return None
-
-
-def pixel_spec(directory: Path) -> PixelSpec:
-    def read(name: str) -> dict[str, Any] | None:
-        path = directory / name
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-
-    image, video = processor_configs(read)
-    return PixelSpec.from_config(image or {}, video)
-
-
-def checkpoint_fingerprint(directory: Path, pixels: PixelSpec) -> str:
-    """As export computes it.
-
-    Raises:
-        OSError, ValueError, KeyError: if the vision tensors cannot be read, or are no floats.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    tower = TowerSpec.from_config(json.loads((directory / "config.json").read_text(encoding="utf-8")))
-    index = directory / _INDEX
-    shards = {_SINGLE}
-    if index.is_file():
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        shards = {shard for name, shard in weight_map.items() if name.startswith(VISION_PREFIXES)}
-    hashes = {}
-    for shard in sorted(shards):
-        try:
-            with safe_open(directory / shard, framework="pt") as opened:
-                for name in opened.keys():  # noqa: SIM118  # not a mapping
-                    if prefix := next((prefix for prefix in VISION_PREFIXES if name.startswith(prefix)), None):
-                        hashes[name.removeprefix(prefix)] = _hash(name, opened.get_tensor(name))
-        except SafetensorError as error:
-            raise ValueError(f"{shard} is no safetensors file: {error}") from error
-    if not hashes:
-        raise ValueError("it holds no vision tensors in safetensors")
-    return fingerprint(tower, pixels, hashes)
-
-
-def _hash(name: str, tensor: Any) -> str:
-    import torch
-
-    dtype = str(tensor.dtype).removeprefix("torch.")
-    if dtype not in _FLOATS:
-        raise ValueError(f"{name} is stored in {dtype}, not as the floats that export reads")
-    return tensor_hash(dtype, tensor.shape, tensor.reshape(-1).view(torch.uint8).numpy().data)

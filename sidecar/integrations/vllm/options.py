@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import ipaddress
 import os
 import re
-import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, Self
 
+from sidecar.addresses import AddressError, Addresses
+
 OnFailure = Literal["local", "fail"]
 _LONGEST_S = 86400
-_PORT = re.compile(r":\d{1,5}$")
 _FINGERPRINT = re.compile(r"[0-9a-f]{64}")
 _KINDS = {str: "text", int: "whole number"}
 _SHARED_MEMORY = Path("/dev/shm")
@@ -26,8 +25,8 @@ class OptionsError(ValueError):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
     """Attributes:
-    address: where the sidecars are: one address of gRPC's (`host:port`, `unix:/path`, `dns:///name:port`), or a list of
-        `host:port`, among which gRPC deals calls out by the load that each reports.
+    address: where the sidecars are: `host:port` or `unix:/path`; or several, by `dns:///name:port` (all addresses of the name)
+        or a list, among which gRPC deals items out by the rate that each reports.
     on_failure: what becomes of a request whose embedding cannot be had: `local` (vLLM's own tower encodes it) or `fail` (that
         request alone is answered with an error). Unset, it is `local` where vLLM has its tower and `fail` where not.
     timeout_s: how long an item may take, from the first ask to the checked file, retries included. Unset, 20 s where vLLM can
@@ -120,31 +119,16 @@ class Options:
     def uses_tls(self) -> bool:
         return self.tls or bool(self.tls_ca or self.tls_cert or self.tls_key)
 
-    def target(self) -> str:
-        """The addresses as one target of gRPC's. A list's host names are looked up here, once; `dns:///name:port` follows
-        changes.
-
-        Raises:
-            OptionsError: if a name is not known, or the list mixes IPv4 and IPv6.
-        """
-        if len(self.addresses) == 1:
-            return self.addresses[0]
-        resolved = [resolve(address)[0] for address in self.addresses]
-        families = {family for family, _ in resolved}
-        if len(families) > 1:
-            raise OptionsError("address: a list must be of IPv4 addresses or of IPv6 addresses, not of both")
-        return f"{families.pop()}:{','.join(address for _, address in resolved)}"
-
     def _check(self) -> None:
         given = isinstance(self.address, (str, list, tuple)) and len(self.address) > 0
         if not given or not all(isinstance(address, str) and address for address in self.addresses):
             raise OptionsError('address must be "host:port", or a list of such')
-        if len(self.addresses) > 1 and (odd := [each for each in self.addresses if each.startswith(("unix:", "dns:"))]):
-            raise OptionsError(f"address: a list may hold host:port only, got {odd[0]}")
-        for address in self.addresses:
-            is_url = "://" in address and not address.startswith("dns:")
-            if "," in address or is_url or not (address.startswith("unix:") or _PORT.search(address)):
-                raise OptionsError(f"address: {address!r} is not host:port; give several as a JSON list")
+        if odd := [address for address in self.addresses if "," in address]:
+            raise OptionsError(f"address: {odd[0]!r} is not host:port; give several as a JSON list")
+        try:
+            Addresses(self.addresses)
+        except AddressError as error:
+            raise OptionsError(f"address: {error}") from error
         if self.failure not in ("local", "fail"):
             raise OptionsError(f'on_failure must be "local" or "fail", got {self.on_failure!r}')
         if self.may_encode_locally and not self.load_tower:
@@ -174,24 +158,3 @@ def _check(name: str, value: object, kind: type | tuple[type, ...]) -> None:
     if not isinstance(value, kind) or isinstance(value, bool):
         wanted = _KINDS[kind] if isinstance(kind, type) else "number"
         raise OptionsError(f"{name} must be a {wanted}, got {value!r}")
-
-
-def resolve(address: str) -> list[tuple[str, str]]:
-    """("ipv4" or "ipv6", numeric address with its port) of each host behind a name, IPv4 first.
-
-    Raises:
-        OptionsError: if it is not host:port, or its name is not known.
-    """
-    host, colon, port = address.rpartition(":")
-    host = host.strip("[]")
-    if not colon or not port.isdigit() or not host:
-        raise OptionsError(f"address: {address!r} is not host:port")
-    try:
-        found = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)
-    except OSError as error:
-        raise OptionsError(f"address: {host} cannot be looked up: {error.strerror or error}") from error
-    numbers = [str(entry[4][0]) for entry in sorted(found, key=lambda entry: entry[0] != socket.AF_INET)]
-    return [
-        ("ipv4", f"{number}:{port}") if ipaddress.ip_address(number).version == 4 else ("ipv6", f"[{number}]:{port}")
-        for number in dict.fromkeys(numbers)
-    ]

@@ -1,0 +1,63 @@
+"""The chain inside Dynamo as `deploy/launch/dynamo_epd.sh` starts it, and further encode workers beside its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from chains import EpdChain
+from vllm_servers import ROOT
+
+# `make test-integration` says where it is: vLLM, ai-dynamo and NIXL.
+DYNAMO_ENVIRONMENT = Path(os.environ.get("EPD_DYNAMO_ENV", ROOT / ".venv-dynamo")).absolute()
+_PYTHON = str(DYNAMO_ENVIRONMENT / "bin" / "python")
+_READY = "serving dyn://"
+
+
+class DynamoChain(EpdChain):
+    script = "dynamo_epd.sh"
+
+    def own_environment(self) -> dict[str, str]:
+        return {"DYNAMO_PYTHON": _PYTHON, "WORKER_ARGS": "--model-name toy"}
+
+    def files(self) -> list[Path]:
+        """Embeddings of `local` mode that lie there now."""
+        return [path for path in self._scratch().rglob("*.safetensors") if "epd-dynamo-" in path.parent.name]
+
+    @contextmanager
+    def worker(self, model: Path, servers: Sequence[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
+        """One more encode worker in this chain, once it serves; killed at the end if it still runs."""
+        environment = self._environment("encode") | {"DYN_GRACEFUL_SHUTDOWN_GRACE_PERIOD_SECS": "2"}
+        environment.pop("DYN_SYSTEM_PORT")
+        command = [_PYTHON, "-P", "-m", "sidecar.integrations.dynamo", "--server", ",".join(servers)]
+        command += ["--model", str(model), "--model-name", "toy", "--local-directory", str(self._scratch())]
+        with log.open("wb") as output:
+            process = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
+        try:
+            wait_for(log, _READY, process)
+            yield process
+        finally:
+            process.kill()
+            process.wait()
+
+    def _scratch(self) -> Path:
+        return Path(self._environment("encode")["DYN_FILE_KV"]).parent
+
+    def _environment(self, part: str) -> dict[str, str]:
+        lines = Path(f"/proc/{self.process(part)}/environ").read_text().split("\0")
+        return dict(line.split("=", 1) for line in lines if "=" in line)
+
+
+def wait_for(log: Path, text: str, process: subprocess.Popen[bytes], timeout_s: float = 60) -> None:
+    with subprocess.Popen(["tail", "-n", "+1", "-F", str(log)], stdout=subprocess.PIPE, text=True) as tail:
+        try:
+            os.set_blocking(tail.stdout.fileno(), True)  # type: ignore[union-attr]
+            for line in tail.stdout:  # type: ignore[union-attr]
+                if text in line:
+                    return
+                assert process.poll() is None, log.read_text()
+        finally:
+            tail.kill()
