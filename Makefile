@@ -22,7 +22,7 @@ help:
 	@echo "make test-browser      the status page in a real browser"
 	@echo "make test-slow         the tests at real size"
 	@echo "make test-soak         the promises under load, faults and hostile input; 8 minutes, a line of figures each"
-	@echo "make test-integration  a real vLLM and the whole EPD chain on CPU; VLLM=0.31.0 for that version (4 GB, 12 minutes)"
+	@echo "make test-integration  a real vLLM, the EPD chain and NVIDIA Dynamo on CPU; VLLM=0.31.0 for that version (8 GB, 20 minutes)"
 	@echo "make test-serving      a serving install alone: what it takes and that it serves"
 	@echo "make container         the image TAG=$(TAG); more in deploy/README.md"
 	@echo "make container-proof   the image's steps and a container of it without an engine (root, Debian)"
@@ -47,11 +47,14 @@ test-slow: $(READY)
 test-soak: $(READY)
 	$(BIN)/python -m pytest -m soak -s
 
-# vLLM's CPU build in an environment of its own, with NIXL and vLLM's router.
+# vLLM's CPU build in environments of its own, with NIXL, vLLM's router, and Dynamo.
 VLLM ?= 0.32.0
+# What Dynamo 1.6.1 is made for.
+DYNAMO_VLLM := 0.31.0
 test-integration: $(READY)
 	PYTHON=$(PYTHON) tests/integration/environment.sh .venv-vllm-$(VLLM) $(VLLM)
-	EPD_VLLM_ENV=.venv-vllm-$(VLLM) $(BIN)/python -m pytest -m integration -s
+	PYTHON=$(PYTHON) tests/integration/environment.sh .venv-vllm-$(DYNAMO_VLLM) $(DYNAMO_VLLM)
+	EPD_VLLM_ENV=.venv-vllm-$(VLLM) EPD_DYNAMO_ENV=.venv-vllm-$(DYNAMO_VLLM) $(BIN)/python -m pytest -m integration -s
 
 # Debian's browser and its driver, where they are missing; elsewhere install chromium and chromedriver by hand.
 test-browser: $(READY)

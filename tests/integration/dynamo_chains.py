@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,8 +12,8 @@ from pathlib import Path
 from chains import EpdChain
 from vllm_servers import ROOT
 
-# `make test-integration` says where it is: vLLM, ai-dynamo and NIXL.
-DYNAMO_ENVIRONMENT = Path(os.environ.get("EPD_DYNAMO_ENV", ROOT / ".venv-dynamo")).absolute()
+# `make test-integration` says where it is.
+DYNAMO_ENVIRONMENT = Path(os.environ.get("EPD_DYNAMO_ENV", ROOT / ".venv-vllm-0.31.0")).absolute()
 _PYTHON = str(DYNAMO_ENVIRONMENT / "bin" / "python")
 _READY = "serving dyn://"
 
@@ -25,7 +26,7 @@ class DynamoChain(EpdChain):
 
     def files(self) -> list[Path]:
         """Embeddings of `local` mode that lie there now."""
-        return [path for path in self._scratch().rglob("*.safetensors") if "epd-dynamo-" in path.parent.name]
+        return [path for path in self.scratch().rglob("*.safetensors") if "epd-dynamo-" in path.parent.name]
 
     @contextmanager
     def worker(self, model: Path, servers: Sequence[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
@@ -33,7 +34,7 @@ class DynamoChain(EpdChain):
         environment = self._environment("encode") | {"DYN_GRACEFUL_SHUTDOWN_GRACE_PERIOD_SECS": "2"}
         environment.pop("DYN_SYSTEM_PORT")
         command = [_PYTHON, "-P", "-m", "sidecar.integrations.dynamo", "--server", ",".join(servers)]
-        command += ["--model", str(model), "--model-name", "toy", "--local-directory", str(self._scratch())]
+        command += ["--model", str(model), "--model-name", "toy", "--local-directory", str(self.scratch())]
         with log.open("wb") as output:
             process = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
         try:
@@ -43,7 +44,8 @@ class DynamoChain(EpdChain):
             process.kill()
             process.wait()
 
-    def _scratch(self) -> Path:
+    def scratch(self) -> Path:
+        """Its directory in shared memory."""
         return Path(self._environment("encode")["DYN_FILE_KV"]).parent
 
     def _environment(self, part: str) -> dict[str, str]:
@@ -52,12 +54,7 @@ class DynamoChain(EpdChain):
 
 
 def wait_for(log: Path, text: str, process: subprocess.Popen[bytes], timeout_s: float = 60) -> None:
-    with subprocess.Popen(["tail", "-n", "+1", "-F", str(log)], stdout=subprocess.PIPE, text=True) as tail:
-        try:
-            os.set_blocking(tail.stdout.fileno(), True)  # type: ignore[union-attr]
-            for line in tail.stdout:  # type: ignore[union-attr]
-                if text in line:
-                    return
-                assert process.poll() is None, log.read_text()
-        finally:
-            tail.kill()
+    ends = time.monotonic() + timeout_s
+    while text not in log.read_text(errors="replace"):
+        assert process.poll() is None and time.monotonic() < ends, log.read_text(errors="replace")[-4000:]
+        time.sleep(0.05)

