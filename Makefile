@@ -49,12 +49,10 @@ test-soak: $(READY)
 
 # vLLM's CPU build in environments of its own, with NIXL, vLLM's router, and Dynamo.
 VLLM ?= 0.32.0
-# What Dynamo 1.6.1 is made for.
-DYNAMO_VLLM := 0.31.0
 test-integration: $(READY)
 	PYTHON=$(PYTHON) tests/integration/environment.sh .venv-vllm-$(VLLM) $(VLLM)
-	PYTHON=$(PYTHON) tests/integration/environment.sh .venv-vllm-$(DYNAMO_VLLM) $(DYNAMO_VLLM)
-	EPD_VLLM_ENV=.venv-vllm-$(VLLM) EPD_DYNAMO_ENV=.venv-vllm-$(DYNAMO_VLLM) $(BIN)/python -m pytest -m integration -s
+	PYTHON=$(PYTHON) tests/integration/dynamo_environment.sh .venv-dynamo
+	EPD_VLLM_ENV=.venv-vllm-$(VLLM) EPD_DYNAMO_ENV=.venv-dynamo $(BIN)/python -m pytest -m integration -s
 
 # Debian's browser and its driver, where they are missing; elsewhere install chromium and chromedriver by hand.
 test-browser: $(READY)

@@ -1,6 +1,6 @@
 """The EPD chain inside NVIDIA Dynamo: encoder sidecars, Dynamo's encode component over them, prefill, decode, its frontend.
 
-deploy/launch/dynamo_epd.sh MODEL [ARTIFACT] [--device DEVICE]…
+deploy/launch/dynamo_epd.sh MODEL [ARTIFACT] [--device DEVICE]… [--encoders COUNT]
 """
 
 from __future__ import annotations
@@ -32,10 +32,11 @@ environment, all of it optional:
   DYNAMO_PYTHON            python that has ai-dynamo[vllm] and this project's client (PYTHON)
   DEVICE_PLATFORM          cpu, cuda or xpu: what prefill and decode run on (cpu)
   PREFILL_DEVICES, DECODE_DEVICES
-                           their devices, as CUDA_VISIBLE_DEVICES or ZE_AFFINITY_MASK names them (0 and 1)
+                           their devices, as CUDA_VISIBLE_DEVICES or ZE_AFFINITY_MASK names them (the first
+                           and the second of that variable, else 0 and 1)
   KV_BUFFER_DEVICE         where NIXL moves the KV cache from and to (the platform)
   DYN_ENCODER_DEVICE, ENCODER_DEVICES
-                           as --device, with spaces or commas between: one sidecar each (cpu)
+                           as --device, with spaces or commas between (cpu)
   SIDECARS                 addresses of sidecars that run already, instead of starting any
   ENCODER_ARGS             further flags of `python -m sidecar serve`; EPD_… variables work too
   WORKER_ARGS              further flags of `python -m sidecar.integrations.dynamo`
@@ -54,6 +55,12 @@ environment, all of it optional:
 {EXIT_CODES}
 """
 _MODES = ("local", "nixl-write", "nixl-read")
+# ai-dynamo-runtime alone has a `dynamo` too, without workers.
+_MISSING = """
+from importlib.util import find_spec
+missing = [name for name in ("dynamo", "vllm", "grpc") if find_spec(name) is None]
+print(*missing or [name for name in ("dynamo.frontend", "dynamo.vllm") if find_spec(name) is None])
+"""
 
 
 def plan(
@@ -82,7 +89,8 @@ def plan(
     sidecars = [] if artifact is None else encoders(artifact, devices, given, ports, scratch)
     servers = [part.where for part in sidecars] or given["SIDECARS"].replace(",", " ").split()
     worker = _encode_worker(python, model, servers, mode, common, given, ports, scratch)
-    roles: tuple[tuple[Literal["prefill", "decode"], str], ...] = (("prefill", "0"), ("decode", "1"))
+    visible = given.get(AFFINITY.get(platform, ""), "0,1").split(",")
+    roles: tuple[tuple[Literal["prefill", "decode"], str], ...] = (("prefill", visible[0]), ("decode", visible[:2][-1]))
     workers = [_vllm(python, role, model, platform, device, mode, common, given, ports) for role, device in roles]
     host, port = given.get("HOST", HOST), ports.take("FRONTEND_PORT")
     url = f"http://{HOST if host == '0.0.0.0' else host}:{port}"
@@ -190,9 +198,12 @@ def _vllm(
 
 def _check_dynamo(python: str) -> None:
     """Now, and not when a part that needs it dies."""
-    code = "import importlib.util as u; print(*[n for n in ('dynamo', 'vllm', 'grpc') if u.find_spec(n) is None])"
-    missing = subprocess.run([python, "-P", "-c", code], capture_output=True, text=True, check=False).stdout.split()
-    if missing:
+    looked = subprocess.run([python, "-P", "-c", _MISSING], capture_output=True, text=True, check=False)
+    if looked.returncode != 0:
+        raise SettingsError(
+            f"{python} is no Python that runs: {(looked.stderr.strip() or 'it says nothing').splitlines()[-1]}"
+        )
+    if missing := looked.stdout.split():
         raise SettingsError(
             f"{python} lacks {', '.join(missing)}: say which python has ai-dynamo[vllm] and this project, "
             f"DYNAMO_PYTHON=/path/to/python {SCRIPT} …"
@@ -210,10 +221,13 @@ def main() -> int:
     parser.add_argument("model", metavar="MODEL", help="as `python -m dynamo.vllm --model` takes it")
     parser.add_argument("artifact", metavar="ARTIFACT", nargs="?", type=Path, help="artifacts/… of MODEL unless given")
     parser.add_argument("--device", action="append", metavar="DEVICE", help="cpu, cuda:0, …: an encoder on each")
+    parser.add_argument("--encoders", type=int, default=1, metavar="COUNT", help="so many on each device (%(default)s)")
     options = parser.parse_args()
+    if options.encoders < 1:
+        parser.error(f"--encoders must be at least 1, got {options.encoders}")
     given = dict(os.environ)
     named = given.get("DYN_ENCODER_DEVICE") or given.get("ENCODER_DEVICES") or "cpu"
-    devices = options.device or named.replace(",", " ").split()
+    devices = [device for device in options.device or named.replace(",", " ").split() for _ in range(options.encoders)]
     given.pop("DYN_ENCODER_DEVICE", None)  # said to each sidecar by its flag
     shared_memory = Path("/dev/shm")
     scratch = Path(tempfile.mkdtemp(prefix="epd-dynamo-chain-", dir=shared_memory if shared_memory.is_dir() else None))

@@ -13,7 +13,7 @@ from chains import EpdChain
 from vllm_servers import ROOT
 
 # `make test-integration` says where it is.
-DYNAMO_ENVIRONMENT = Path(os.environ.get("EPD_DYNAMO_ENV", ROOT / ".venv-vllm-0.31.0")).absolute()
+DYNAMO_ENVIRONMENT = Path(os.environ.get("EPD_DYNAMO_ENV", ROOT / ".venv-dynamo")).absolute()
 _PYTHON = str(DYNAMO_ENVIRONMENT / "bin" / "python")
 _READY = "serving dyn://"
 
@@ -30,7 +30,8 @@ class DynamoChain(EpdChain):
 
     @contextmanager
     def worker(self, model: Path, servers: Sequence[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
-        """One more encode worker in this chain, once it serves; killed at the end if it still runs."""
+        """One more encode worker in this chain, once it serves; ended by SIGTERM, since Dynamo asks one that was killed for ten more
+        seconds."""
         environment = self._environment("encode") | {"DYN_GRACEFUL_SHUTDOWN_GRACE_PERIOD_SECS": "2"}
         environment.pop("DYN_SYSTEM_PORT")
         command = [_PYTHON, "-P", "-m", "sidecar.integrations.dynamo", "--server", ",".join(servers)]
@@ -40,6 +41,8 @@ class DynamoChain(EpdChain):
         try:
             wait_for(log, _READY, process)
             yield process
+            process.terminate()
+            process.wait(60)
         finally:
             process.kill()
             process.wait()

@@ -1,6 +1,5 @@
 #!/usr/bin/env bash
-# An environment in which a stock vLLM serves on CPU, with NIXL, vLLM's router and this project's connector; at 0.31.0 with NVIDIA
-# Dynamo too:
+# An environment in which a stock vLLM serves on CPU, with NIXL, vLLM's router and this project's connector:
 #     tests/integration/environment.sh VENV 0.32.0
 # and NVIDIA Dynamo too, as `dynamo_environment.sh VENV` asks for it:
 #     tests/integration/environment.sh VENV 0.31.0 1.6.1
@@ -86,12 +85,6 @@ for line in tomllib.load(open(sys.argv[1], "rb"))["project"]["dependencies"]:
 PYTHON
 )
 pip install vllm-router==0.1.17 "${requirements[@]}"
-if [ "$version" = 0.31.0 ]; then # which is what Dynamo 1.6.1 is made for
-    # One of its requirements is not on PyPI, and others would replace vLLM's; these are what its frontend and workers import.
-    pip install ai-dynamo-runtime==1.6.1 aiohttp kubernetes msgspec prometheus-client pyzmq redis zstandard
-    pip install --no-deps ai-dynamo==1.6.1
-    "$venv/bin/python" -c 'import dynamo.runtime, dynamo.llm'
-fi
 pip install --no-deps --no-build-isolation --editable "$root"
 
 if [ -n "$dynamo" ]; then

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -118,6 +120,31 @@ def test_a_file_system_that_is_full_is_an_error_and_leaves_nothing(
             with pytest.raises(OSError, match="No space left"):
                 await files.add(VALUES, (1, 3, 8), DType.FLOAT32)
         assert not list(files.path.glob("*.safetensors")) and not list(files.path.glob(".*.safetensors"))
+        await files.add(VALUES, (1, 3, 8), DType.FLOAT32)
+
+    run(test, tmp_path, capacity=VALUES.nbytes)
+
+
+def test_one_whose_adding_is_cancelled_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    entered, let_go = threading.Event(), threading.Event()
+    write = local_files._write
+
+    def slow(*arguments: Any) -> None:
+        entered.set()
+        assert let_go.wait(10)
+        write(*arguments)
+
+    async def test(files: LocalFiles) -> None:
+        monkeypatch.setattr(local_files, "_write", slow)
+        adding = asyncio.create_task(files.add(VALUES, (1, 3, 8), DType.FLOAT32))
+        assert await asyncio.to_thread(entered.wait, 10)
+        adding.cancel()
+        await asyncio.sleep(0.05)
+        let_go.set()
+        with pytest.raises(asyncio.CancelledError):
+            await adding
+        assert not [path for path in files.path.iterdir() if path.name != ".lock"]
+        monkeypatch.setattr(local_files, "_write", write)
         await files.add(VALUES, (1, 3, 8), DType.FLOAT32)
 
     run(test, tmp_path, capacity=VALUES.nbytes)

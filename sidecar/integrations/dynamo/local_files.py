@@ -77,9 +77,12 @@ class LocalFiles:
             self._number += 1
             name = f"{self._number}.safetensors"
         draft = self.path / f".{name}"
+        writing = asyncio.ensure_future(asyncio.to_thread(_write, draft, values, shape, dtype))
         try:
-            await asyncio.to_thread(_write, draft, values, shape, dtype)
+            await asyncio.shield(writing)
         except BaseException:
+            # A thread that has begun cannot be stopped, and would leave its file behind.
+            await asyncio.gather(writing, return_exceptions=True)
             draft.unlink(missing_ok=True)
             self._free(size)
             raise

@@ -110,7 +110,8 @@ class Worker:
         try:
             embedding = await self._fleet.encode(item, max(0.001, ends - time.monotonic()))
             self._model.check(embedding)
-            return embedding.grid, await self._hand_over.offer(embedding)
+            async with asyncio.timeout(max(0.001, ends - time.monotonic())):
+                return embedding.grid, await self._hand_over.offer(embedding)
         except EncodeError as error:
             if error.code in _THEIR_FAULT:
                 raise FailedError(f"image {number}: {error.message}") from error
@@ -118,6 +119,9 @@ class Worker:
         except (ClientError, WrongEmbeddingError) as error:
             logger.error("an embedding was refused: %s", error)
             raise FailedError(f"image {number}: the encoder's answer was refused: {error}") from error
+        except TimeoutError as error:
+            logger.error("embeddings are not read as fast as they come: there was no room for one in time")
+            raise FailedError(f"image {number} could not be handed over in time, try again") from error
         except OSError as error:
             logger.error("an embedding could not be handed over: %s", error)
             raise FailedError(f"image {number} could not be handed over: {error.strerror}") from error
