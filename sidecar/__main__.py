@@ -1,4 +1,4 @@
-"""`python -m sidecar COMMAND`: serve, encode, info, health, load."""
+"""`python -m sidecar COMMAND`: serve, encode, info, health, load, plan."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sidecar import __version__
 # gRPC's C core writes lines of its own to stderr, in the middle of ours.
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
-COMMANDS = ("serve", "encode", "info", "health", "load")
+COMMANDS = ("serve", "encode", "info", "health", "load", "plan")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -20,8 +20,14 @@ ALLOWED = {
     "sidecar/monitoring/": ("sidecar.engine", "sidecar.__version__"),
     "sidecar/urls/": ("sidecar.errors",),
     "sidecar/server/": ("sidecar",),
-    "sidecar/commands/plan": ("sidecar.commands", "sidecar.plan", "sidecar.load", "sidecar.vision"),
-    "sidecar/plan/": ("sidecar.engine.cost", "sidecar.engine.status", "sidecar.load", "sidecar.vision"),
+    "sidecar/commands/plan": (
+        "sidecar.commands",
+        "sidecar.plan",
+        "sidecar.load",
+        "sidecar.client",
+        "sidecar.credentials",
+    ),
+    "sidecar/plan/": ("sidecar.client", "sidecar.engine.cost", "sidecar.load", "sidecar.vision"),
     "sidecar/commands/serve.py": ("sidecar",),
     "sidecar/commands/health.py": ("sidecar.commands", "sidecar.credentials"),
     "sidecar/commands/load": (

@@ -27,8 +27,10 @@ from sidecar.commands.load_flags import add_load_arguments, check, client_option
 from sidecar.credentials import CredentialsError
 from sidecar.load import progress
 from sidecar.load.drive import Driver
+from sidecar.load.mix import Mix
 from sidecar.load.pictures import PatchRules
 from sidecar.load.plot import write_plot
+from sidecar.load.record import write_record
 from sidecar.load.report import Summary, lines, sum_holds, summary
 from sidecar.load.tally import Kind, Tally
 from sidecar.pb import encoder_pb2
@@ -63,6 +65,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     group = parser.add_argument_group("what comes out")
     group.add_argument("--json", action="store_true", help="the report as one JSON object")
     group.add_argument("--plot", metavar="FILE", type=Path, help="draw latencies: .svg, or .html with the report below")
+    group.add_argument(
+        "--record", metavar="FILE", type=Path, help="each item as a line of JSON, which `plan --trace` replays"
+    )
     parser.set_defaults(run=run)
 
 
@@ -112,6 +117,7 @@ class _Load:
         # Not the same every time: the second run's pictures would be in the server's store.
         self._seed: int = secrets.randbelow(1 << 31) if arguments.seed is None else arguments.seed
         self._info = encoder_pb2.InfoResponse()
+        self._mix: Mix | None = None
 
     async def run(self) -> None:
         arguments = self._arguments
@@ -122,7 +128,7 @@ class _Load:
             ]
             # Every connection stands, and every picture is drawn, before the clock starts.
             self._info, *_ = await asyncio.gather(*(client.info(_INFO_TIMEOUT_S) for client in clients))
-            mix = mix_of(arguments, self._photos, PatchRules.of(self._info), self._seed)
+            self._mix = mix = mix_of(arguments, self._photos, PatchRules.of(self._info), self._seed)
             self.tally = tally = Tally(asyncio.get_running_loop().time())
             async with progress.shown(tally, sys.stderr):
                 await Driver(clients, mix, pace_of(arguments), tally, retry=arguments.retry).run()
@@ -140,7 +146,17 @@ class _Load:
         # A deadline that nobody asked for is this command's patience with a server that hangs.
         unexpected = figures[Kind.FAILED] or (figures[Kind.EXPIRED] and self._arguments.timeout is None)
         drawn = self._arguments.plot is None or _draw(self._arguments.plot, self.tally, figures)
-        return 0 if sum_holds(figures) and drawn and not unexpected else FAILED
+        recorded = self._arguments.record is None or self._record(self._arguments.record, self.tally)
+        return 0 if sum_holds(figures) and drawn and recorded and not unexpected else FAILED
+
+    def _record(self, target: Path, tally: Tally) -> bool:
+        assert self._mix is not None
+        try:
+            write_record(target, tally, self._mix, PatchRules.of(self._info))
+        except OSError as error:
+            print_error(f"{target}: no record: {error.strerror or error}")
+            return False
+        return True
 
     def _server(self) -> dict[str, object]:
         checkpoint = self._info.checkpoint

@@ -48,6 +48,8 @@ def check(arguments: argparse.Namespace) -> None:
             raise ValueError(f"{plot}: a plot is written as .svg or .html")
         if not plot.parent.is_dir():
             raise ValueError(f"{plot}: there is no directory {plot.parent}")
+    if (record := arguments.record) is not None and not record.parent.is_dir():
+        raise ValueError(f"{record}: there is no directory {record.parent}")
 
 
 def client_options(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -134,7 +136,7 @@ def _add_mix_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--size",
         metavar="WxH[:WEIGHT],…",
-        type=_parsed_by(parse_sizes),
+        type=parsed_by(parse_sizes),
         help="generated pictures of these sizes by weight, as 448x448:3,1920x1080:1 (default: 448x448)",
     )
     group.add_argument("--format", choices=FORMATS, help="of generated pictures (default: jpeg)")
@@ -167,7 +169,7 @@ def _add_patience_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--timeout",
         metavar="SECONDS[-SECONDS]",
-        type=_parsed_by(parse_timeout),
+        type=parsed_by(parse_timeout),
         help="for each request; of two, each request's is drawn evenly over their orders of magnitude (default: 120)",
     )
     group.add_argument(
@@ -185,7 +187,7 @@ def _requests(arguments: argparse.Namespace) -> int | None:
     return _DEFAULT_REQUESTS if requests is None and arguments.duration is None else requests
 
 
-def _parsed_by(parse: Callable[[str], _Parsed]) -> Callable[[str], _Parsed]:
+def parsed_by(parse: Callable[[str], _Parsed]) -> Callable[[str], _Parsed]:
     """For argparse, which shows the message of no other error."""
 
     def parsed(text: str) -> _Parsed:

@@ -17,7 +17,7 @@ import numpy as np
 
 from sidecar.client import AsyncEncoderClient, ClientError, EncodeError, Item, ItemError
 from sidecar.load.mix import Mix, Request
-from sidecar.load.tally import Cause, Tally, cause_of
+from sidecar.load.tally import Cause, Place, Tally, cause_of
 
 # A server that is gone fails calls at once: a closed loop without a pause would spin.
 _PAUSE_WHEN_GONE_S = 0.1
@@ -108,20 +108,18 @@ class Driver:
         cancelled_at = None if request.cancel_after_s is None else arrived + request.cancel_after_s
         try:
             async with asyncio.timeout_at(cancelled_at):
-                await self._ask(self._clients[number % len(self._clients)], request, waiting, arrived)
+                await self._ask(number, request, waiting, arrived)
         except (TimeoutError, asyncio.CancelledError) as end:
-            for _ in waiting:
-                self._tally.note_cancelled(arrived, _now())
+            for index in waiting:
+                self._tally.note_cancelled(arrived, _now(), Place(number, index))
             if isinstance(end, asyncio.CancelledError):
                 raise
 
-    async def _ask(
-        self, client: AsyncEncoderClient, request: Request, waiting: dict[int, Item], arrived: float
-    ) -> None:
+    async def _ask(self, number: int, request: Request, waiting: dict[int, Item], arrived: float) -> None:
         """Ask until nothing waits; what has its end leaves `waiting`, also where this is cancelled half-way."""
         deadline = arrived + request.timeout_s
         while waiting:
-            again_after_s = await self._ask_once(client, waiting, arrived, deadline)
+            again_after_s = await self._ask_once(number, waiting, arrived, deadline)
             # What waits and was not put off has been lost. It has no end, and the sum will tell.
             for lost in waiting.keys() - again_after_s.keys():
                 del waiting[lost]
@@ -130,9 +128,10 @@ class Driver:
                 self._tally.retried += len(waiting)
 
     async def _ask_once(
-        self, client: AsyncEncoderClient, waiting: dict[int, Item], arrived: float, deadline: float
+        self, number: int, waiting: dict[int, Item], arrived: float, deadline: float
     ) -> dict[int, float]:
         """One call for all that waits; returns what to ask for again, and in how many seconds."""
+        client = self._clients[number % len(self._clients)]
         indexes = list(waiting)
         again_after_s: dict[int, float] = {}
         try:
@@ -144,9 +143,9 @@ class Driver:
                         if (delay_s := self._delay_s(result, deadline)) is not None:
                             again_after_s[index] = delay_s
                             continue
-                        self._tally.note_error(result, arrived, _now())
+                        self._tally.note_error(result, arrived, _now(), Place(number, index))
                     else:
-                        self._tally.note_embedding(result, arrived, _now())
+                        self._tally.note_embedding(result, arrived, _now(), Place(number, index))
                     waiting.pop(index, None)
         except ClientError as error:
             delay_s = self._delay_s(error, deadline)
@@ -155,7 +154,7 @@ class Driver:
                     again_after_s[index] = delay_s
                     continue
                 del waiting[index]
-                self._tally.note_error(error, arrived, _now())
+                self._tally.note_error(error, arrived, _now(), Place(number, index))
             if cause_of(error) == _GONE:
                 await asyncio.sleep(_PAUSE_WHEN_GONE_S)
         return again_after_s

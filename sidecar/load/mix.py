@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from sidecar.client import Item, image_item
 from sidecar.load.pictures import MIN_SIDE, PatchRules, Size, plate
+from sidecar.vision.images import image_size
 
 Shares = npt.NDArray[np.float64]
 
@@ -30,6 +31,8 @@ class Pictures(Protocol):
 
     def item(self, number: int) -> Item: ...
 
+    def size(self, number: int) -> Size: ...
+
 
 class Generated:
     """Made pictures: one number, one picture, whose size is drawn by weight.
@@ -39,13 +42,19 @@ class Generated:
     """
 
     def __init__(self, sizes: Mapping[Size, float], picture_format: str, rules: PatchRules, seed: int) -> None:
+        self._sizes = list(sizes)
         self._plates = [plate(size, picture_format, rules, seed) for size in sizes]
         self._shares = cumulative(np.array(list(sizes.values())))
         self._seed = seed
 
     def item(self, number: int) -> Item:
-        random = np.random.default_rng((self._seed, _SIZES, number))
-        return self._plates[drawn(self._shares, random)].item(number)
+        return self._plates[self._drawn(number)].item(number)
+
+    def size(self, number: int) -> Size:
+        return self._sizes[self._drawn(number)]
+
+    def _drawn(self, number: int) -> int:
+        return drawn(self._shares, np.random.default_rng((self._seed, _SIZES, number)))
 
 
 class Photos:
@@ -56,6 +65,11 @@ class Photos:
 
     def item(self, number: int) -> Item:
         return self._items[number % len(self._items)]
+
+    def size(self, number: int) -> Size:
+        """Raises PixelError where the file is no picture."""
+        height, width = image_size(self._items[number % len(self._items)].image)
+        return Size(width, height)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,15 +102,23 @@ class Mix:
     cancel_within_s: float = 1.0
 
     def request(self, number: int) -> Request:
-        random = np.random.default_rng((self.seed, _REQUESTS, number))
-        # Drawn first and always, so that one setting does not change what another draws.
-        where_in_range, cancelled, cancelled_when = random.random(3)
+        (where_in_range, cancelled, cancelled_when), random = self._chances(number)
         shortest, longest = self.timeout_s
         return Request(
             items=[self.pictures.item(picture) for picture in self.picture_numbers(number, random)],
             timeout_s=shortest * (longest / shortest) ** where_in_range,
             cancel_after_s=cancelled_when * self.cancel_within_s if cancelled < self.cancel_fraction else None,
         )
+
+    def sizes(self, number: int) -> Sequence[Size]:
+        """Of a request's pictures; see `Pictures.size`."""
+        return [self.pictures.size(picture) for picture in self.picture_numbers(number, self._chances(number)[1])]
+
+    def _chances(self, number: int) -> tuple[Shares, np.random.Generator]:
+        """Three numbers from 0 to 1, and what is drawn after them: first and always, so that one setting does not change what
+        another draws."""
+        random = np.random.default_rng((self.seed, _REQUESTS, number))
+        return random.random(3), random
 
     def picture_numbers(self, number: int, random: np.random.Generator) -> Sequence[int]:
         if self.catalogue is None:

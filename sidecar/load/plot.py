@@ -12,6 +12,7 @@ from textwrap import wrap
 
 from sidecar.load.axes import Axis, linear_axis, logarithmic_axis
 from sidecar.load.report import Summary, lines, settings
+from sidecar.load.svg import FAINT, INK, STYLE, duration, line, text
 from sidecar.load.tally import Kind, Outcome, Tally, percentile
 
 # A dot's colour and name, in the order of the legend. Told apart also by those who see no difference of red and green.
@@ -24,7 +25,6 @@ _COLOURS = {
     "cancelled": "#8b93a1",
     "failed": "#d22f3d",
 }
-_INK, _FAINT, _GRID = "#1b2430", "#5d6877", "#e6e9ee"
 
 _WIDTH, _HEIGHT = 1120, 676
 _LEFT, _RIGHT = 84, 790  # of the dots
@@ -39,10 +39,6 @@ _PERCENTS = (50, 90, 99)
 _LABEL_HEIGHT = 15.0
 _LINE_CHARS, _MOST_LINES = 150, 2  # of the settings
 
-_STYLE = """
-text { font-family: system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; font-size: 12.5px; }
-.number { font-variant-numeric: tabular-nums; }
-"""
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>{title}</title>
@@ -79,7 +75,7 @@ def draw(tally: Tally, figures: Summary) -> str:
     return "\n".join(
         (
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img">',
-            f"<title>{escape(_title(figures))}</title><style>{_STYLE}</style>",
+            f"<title>{escape(_title(figures))}</title><style>{STYLE}</style>",
             f'<rect width="{_WIDTH}" height="{_HEIGHT}" fill="#fff"/>',
             *_heading(figures, groups),
             *_grid(latency),
@@ -103,26 +99,26 @@ def _group(outcome: Outcome) -> str:
 
 
 def _heading(figures: Summary, groups: dict[str, list[Outcome]]) -> Iterator[str]:
-    yield _text(_LEFT, 40, _title(figures), size=21, weight=600)
-    for number, line in enumerate(wrap(", ".join(settings(figures["settings"])), _LINE_CHARS)[:_MOST_LINES]):
-        yield _text(_LEFT, 63 + 17 * number, line, _FAINT)
+    yield text(_LEFT, 40, _title(figures), size=21, weight=600)
+    for number, wrapped in enumerate(wrap(", ".join(settings(figures["settings"])), _LINE_CHARS)[:_MOST_LINES]):
+        yield text(_LEFT, 63 + 17 * number, wrapped, FAINT)
     x = float(_LEFT)
     for name, outcomes in groups.items():
         thinned = _thinning(outcomes)
         label = f"{name} {len(outcomes):,}" + (f" (a dot for {thinned})" if thinned > 1 else "")
         yield f'<circle cx="{x + 5:.1f}" cy="104" r="5" fill="{_COLOURS[name]}"/>'
-        yield _text(x + 16, 108.5, label)
+        yield text(x + 16, 108.5, label)
         x += 34 + 7.0 * len(label)
 
 
 def _grid(latency: Axis) -> Iterator[str]:
     for tick in latency.ticks:
         y = latency.place(tick)
-        yield _line(_LEFT, y, _RIGHT, y)
-        yield _line(_SIDE_LEFT, y, _SIDE_RIGHT, y)
-        yield _text(_LEFT - 10, y + 4.5, _duration(tick), _FAINT, anchor="end")
-    yield _text(_LEFT, _TOP - 9, "latency, by when the item ended", _FAINT)
-    yield _text(_SIDE_LEFT, _TOP - 9, "distribution of the answered", _FAINT)
+        yield line(_LEFT, y, _RIGHT, y)
+        yield line(_SIDE_LEFT, y, _SIDE_RIGHT, y)
+        yield text(_LEFT - 10, y + 4.5, duration(tick), FAINT, anchor="end")
+    yield text(_LEFT, _TOP - 9, "latency, by when the item ended", FAINT)
+    yield text(_SIDE_LEFT, _TOP - 9, "distribution of the answered", FAINT)
 
 
 def _dots(groups: dict[str, list[Outcome]], time: Axis, latency: Axis) -> Iterator[str]:
@@ -152,8 +148,8 @@ def _distribution(groups: dict[str, list[Outcome]], latency: Axis) -> Iterator[s
             width = count / most * (_SIDE_RIGHT - _SIDE_LEFT)
             yield _bar(x, y, width, row_height, name, f"{count:,} {name}")
             x += width
-    yield _line(_SIDE_LEFT, _TOP, _SIDE_LEFT, _BOTTOM, _FAINT)
-    yield _text(_SIDE_RIGHT, _BOTTOM + 19, f"longest bar: {most:,} items", _FAINT, anchor="end")
+    yield line(_SIDE_LEFT, _TOP, _SIDE_LEFT, _BOTTOM, FAINT)
+    yield text(_SIDE_RIGHT, _BOTTOM + 19, f"longest bar: {most:,} items", FAINT, anchor="end")
 
 
 def _percentiles(latencies_ms: Sequence[float], latency: Axis) -> Iterator[str]:
@@ -164,8 +160,8 @@ def _percentiles(latencies_ms: Sequence[float], latency: Axis) -> Iterator[str]:
         y = latency.place(value)
         label_y = below = min(y, below - _LABEL_HEIGHT)
         path = f"M{_SIDE_LEFT} {y:.1f}H{_SIDE_RIGHT}L{_SIDE_RIGHT + 12} {label_y:.1f}"
-        yield f'<path d="{path}" fill="none" stroke="{_INK}" stroke-width="1" stroke-dasharray="4 3"/>'
-        yield _text(_SIDE_RIGHT + 17, label_y + 4.5, f"p{percent}  {_duration(value)}", weight=600)
+        yield f'<path d="{path}" fill="none" stroke="{INK}" stroke-width="1" stroke-dasharray="4 3"/>'
+        yield text(_SIDE_RIGHT + 17, label_y + 4.5, f"p{percent}  {duration(value)}", weight=600)
 
 
 def _strip(groups: dict[str, list[Outcome]], time: Axis) -> Iterator[str]:
@@ -178,8 +174,8 @@ def _strip(groups: dict[str, list[Outcome]], time: Axis) -> Iterator[str]:
     rate = linear_axis(most / column_s, _STRIP_BOTTOM, _STRIP_TOP, most_ticks=3)
     for tick in rate.ticks:
         y = rate.place(tick)
-        yield _line(_LEFT, y, _RIGHT, y)
-        yield _text(_LEFT - 10, y + 4.5, f"{tick:,.6g}", _FAINT, anchor="end")
+        yield line(_LEFT, y, _RIGHT, y)
+        yield text(_LEFT - 10, y + 4.5, f"{tick:,.6g}", FAINT, anchor="end")
     width = (_RIGHT - _LEFT) / columns
     for column, pile in enumerate(piles):
         y = float(_STRIP_BOTTOM)
@@ -187,13 +183,13 @@ def _strip(groups: dict[str, list[Outcome]], time: Axis) -> Iterator[str]:
             top = y - (rate.start - rate.place(count / column_s))
             yield _bar(_LEFT + column * width, top, width, y - top, name, f"{count:,} {name}")
             y = top
-    yield _line(_LEFT, _STRIP_BOTTOM, _RIGHT, _STRIP_BOTTOM, _FAINT)
-    yield _text(_LEFT, _STRIP_TOP - 9, "items that ended, per second", _FAINT)
+    yield line(_LEFT, _STRIP_BOTTOM, _RIGHT, _STRIP_BOTTOM, FAINT)
+    yield text(_LEFT, _STRIP_TOP - 9, "items that ended, per second", FAINT)
     for tick in time.ticks:
         x = time.place(tick)
-        yield _line(x, _STRIP_BOTTOM, x, _STRIP_BOTTOM + 5, _FAINT)
-        yield _text(x, _STRIP_BOTTOM + 20, f"{tick:,.6g}", _FAINT, anchor="middle")
-    yield _text((_LEFT + _RIGHT) / 2, _STRIP_BOTTOM + 42, "seconds since the run began", _FAINT, anchor="middle")
+        yield line(x, _STRIP_BOTTOM, x, _STRIP_BOTTOM + 5, FAINT)
+        yield text(x, _STRIP_BOTTOM + 20, f"{tick:,.6g}", FAINT, anchor="middle")
+    yield text((_LEFT + _RIGHT) / 2, _STRIP_BOTTOM + 42, "seconds since the run began", FAINT, anchor="middle")
 
 
 def _piles(
@@ -208,26 +204,9 @@ def _piles(
     return piles
 
 
-def _duration(value_ms: float) -> str:
-    return f"{value_ms / 1e3:.3g} s" if value_ms >= 999.5 else f"{value_ms:.3g} ms"
-
-
-def _line(x1: float, y1: float, x2: float, y2: float, colour: str = _GRID) -> str:
-    return f'<path d="M{x1:.1f} {y1:.1f}L{x2:.1f} {y2:.1f}" stroke="{colour}"/>'
-
-
 def _bar(x: float, y: float, width: float, height: float, name: str, hint: str) -> str:
     """With a hairline of paper around it."""
     return (
         f'<rect x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}" fill="{_COLOURS[name]}" '
         f'stroke="#fff" stroke-width="0.6"><title>{escape(hint)}</title></rect>'
-    )
-
-
-def _text(
-    x: float, y: float, text: str, colour: str = _INK, *, size: float = 12.5, weight: int = 400, anchor: str = "start"
-) -> str:
-    return (
-        f'<text class="number" x="{x:.1f}" y="{y:.1f}" fill="{colour}" style="font-size:{size}px;font-weight:{weight}" '
-        f'text-anchor="{anchor}">{escape(text)}</text>'
     )

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import NamedTuple
 
 from google.rpc.error_details_pb2 import ErrorInfo
 
@@ -42,6 +43,13 @@ class Cause:
         return f"{self.code} {self.reason}".rstrip()
 
 
+class Place(NamedTuple):
+    """Which item it was: the request's number, and its place in it."""
+
+    request: int
+    position: int
+
+
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """One item's end: when, in seconds since the run began, and how long after its arrival."""
@@ -49,6 +57,7 @@ class Outcome:
     kind: Kind
     finished_s: float
     latency_ms: float
+    place: Place | None = None
     cause: Cause | None = None
     patches: int = 0
     tokens: int = 0
@@ -75,12 +84,13 @@ class Tally:
         self.sent += items
         self.late_ms.append(late_ms)
 
-    def note_embedding(self, embedding: Embedding, arrived: float, now: float) -> None:
+    def note_embedding(self, embedding: Embedding, arrived: float, now: float, place: Place | None = None) -> None:
         times = dataclasses.asdict(embedding.times)
         outcome = Outcome(
             Kind.ANSWERED,
             now - self.began,
             (now - arrived) * 1e3,
+            place,
             patches=embedding.grid.patches,
             tokens=embedding.tokens,
             cached=embedding.cached,
@@ -90,16 +100,18 @@ class Tally:
         )
         self.outcomes.append(outcome)
 
-    def note_error(self, error: ItemError | ClientError, arrived: float, now: float) -> None:
+    def note_error(
+        self, error: ItemError | ClientError, arrived: float, now: float, place: Place | None = None
+    ) -> None:
         cause = cause_of(error)
         self.first_messages.setdefault(
             cause, error.message if isinstance(error, ItemError | EncodeError) else str(error)
         )
         kind = Kind.FAILED if isinstance(error, RequestTooLargeError) else kind_of(cause)
-        self.outcomes.append(Outcome(kind, now - self.began, (now - arrived) * 1e3, cause))
+        self.outcomes.append(Outcome(kind, now - self.began, (now - arrived) * 1e3, place, cause))
 
-    def note_cancelled(self, arrived: float, now: float) -> None:
-        self.outcomes.append(Outcome(Kind.CANCELLED, now - self.began, (now - arrived) * 1e3))
+    def note_cancelled(self, arrived: float, now: float, place: Place | None = None) -> None:
+        self.outcomes.append(Outcome(Kind.CANCELLED, now - self.began, (now - arrived) * 1e3, place))
 
     def of(self, kind: Kind) -> list[Outcome]:
         return [outcome for outcome in self.outcomes if outcome.kind is kind]

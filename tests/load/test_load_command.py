@@ -154,3 +154,43 @@ def test_what_does_not_go_together_is_told(
     assert main(["load", *flags]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert complaint in line
+
+
+def test_a_record_has_a_line_for_each_item(load, tmp_path: Path) -> None:
+    record = tmp_path / "record.jsonl"
+    sent = ("--requests", 10, "--items-per-request", 2, "--catalogue", 4, "--size", "56x84,112x112", "--concurrency", 3)
+    code, figures = load(*sent, "--record", record)
+    lines = [json.loads(line) for line in record.read_text().splitlines()]
+    assert code == 0 and len(lines) == 20
+    assert sorted(line["request"] for line in lines) == sorted([*range(10)] * 2)
+    assert [line["time_s"] for line in lines] == sorted(line["time_s"] for line in lines)
+    assert {(line["width"], line["height"], line["patches"]) for line in lines} <= {(56, 84, 24), (112, 112, 64)}
+    assert sum(line["cached"] or line["coalesced"] for line in lines) == figures["from_store"] + figures["coalesced"]
+    encoded = [line for line in lines if not line["cached"]]
+    assert all(line["latency_ms"] > line["stages"]["run"] > 0 for line in encoded)
+    assert {line["lane"] for line in lines} == set(figures["lanes"])
+
+
+def test_a_record_has_what_was_refused_with_its_size(load, start_server, tmp_path: Path) -> None:
+    record = tmp_path / "record.jsonl"
+    busy = start_server("--threads", "1", "--max-queue-patches", "1500")
+    code, figures = load("--requests", 20, "--concurrency", 10, "--channels", 2, "--record", record, at=busy)
+    refused = [line for line in map(json.loads, record.read_text().splitlines()) if line["outcome"] == "refused"]
+    assert code == 0 and len(refused) == figures["refused"] > 0
+    assert {(line["width"], line["height"], line["patches"]) for line in refused} == {(448, 448, 1024)}
+
+
+def test_photos_that_are_none_are_recorded_without_a_size(load, tmp_path: Path) -> None:
+    record, broken = tmp_path / "record.jsonl", tmp_path / "broken.jpg"
+    broken.write_bytes(b"no picture")
+    code, _ = load("--requests", 2, "--photos", PHOTOS[0], broken, "--record", record)
+    good, bad = map(json.loads, record.read_text().splitlines())
+    assert code == 1
+    assert (good["outcome"], bad["outcome"]) == ("answered", "failed")
+    assert good["width"] > 100 and "width" not in bad and "patches" not in bad
+
+
+def test_a_record_that_cannot_be_written_is_told_before_anything_is_sent(capsys, tmp_path: Path) -> None:
+    code = main(["load", "--server", "127.0.0.1:1", "--record", str(tmp_path / "no" / "record.jsonl")])
+    assert code == 2
+    assert "there is no directory" in capsys.readouterr().err
