@@ -15,19 +15,18 @@ import asyncio
 import subprocess
 import sys
 import tempfile
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bench.server import serving
 from sidecar.client import AsyncEncoderClient
-from sidecar.engine.cost import NOTHING, Work
+from sidecar.engine.cost import NOTHING
 from sidecar.load.mix import parse_sizes
 from sidecar.load.tally import percentile
 from sidecar.plan.answer import capacity_per_s
 from sidecar.plan.costs import Costs, spread
-from sidecar.plan.measure import Answer, answers, answers_of, costs_of
+from sidecar.plan.measure import Answer, answers, answers_of, costs_of, runs_of
 from sidecar.plan.simulation import Fleet, simulate
 from sidecar.plan.traffic import generated, recorded
 
@@ -141,10 +140,11 @@ def replayed(records: Sequence[Path], around: Sequence[Sequence[Answer]], load: 
 
 def spread_of(answered: Sequence[Answer], costs: Costs) -> dict[int, list[float]]:
     """What their runs took over what the curve says."""
-    runs: dict[float, Work] = defaultdict(lambda: NOTHING)
-    for answer in answered:
-        runs[answer.stages_ms["run"]] += answer.picture.work
-    return spread((work.patches, ms / costs.run.ms(work.patches, work.pairs)) for ms, work in runs.items())
+    ratios = []
+    for run in runs_of(answered):
+        work = sum((answer.picture.work for answer in run), NOTHING)
+        ratios.append((work.patches, run[0].stages_ms["run"] / costs.run.ms(work.patches, work.pairs)))
+    return spread(ratios)
 
 
 def _percentiles(values: Sequence[float]) -> dict[int, float]:

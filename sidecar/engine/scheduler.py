@@ -321,8 +321,8 @@ class Scheduler:
             job.turn.set_result(None)
 
     def _call_in(self) -> None:
-        """Let a slow lane take the newest of those who wait, if it is done sooner than in its turn on the others. At the head of the
-        queue a fast lane always finishes first, and a slow one would only watch."""
+        """Let a slow lane take the newest of those who wait, if it is done sooner than in its turn on the others. At the head of
+        the queue a fast lane always finishes first, and a slow one would only watch."""
         for lane in self.lanes:
             job = next((job for job in reversed(self._jobs.values()) if job.waits), None)
             if job is None or self._unprepared >= self._most_unprepared:

@@ -27,6 +27,7 @@ _SMALL = (Size(112, 112), Size(224, 224))
 _TOGETHER = 8
 _LEAST_ROUNDS = 2
 _ALONE_SHARE = 0.75  # of the time
+_NEAR = 64  # answers of one run have no more of others between them
 _MANY = 5  # that have waited, and none shared a run: it does not pay
 _INFO_TIMEOUT_S, _TIMEOUT_S = 10.0, 300.0
 
@@ -91,25 +92,42 @@ def costs_of(answers: Iterable[Answer], where: str) -> list[Costs]:
     Raises:
         CostsError: if there are no answers.
     """
+    answers = list(answers)
     lanes: dict[str, Samples] = defaultdict(Samples)
-    runs: dict[tuple[str, float], list[Answer]] = defaultdict(list)
     waited: Counter[str] = Counter()  # behind others that could have shared a run with them
+    shared: set[str] = set()  # lanes on which any did
     for answer in answers:
         stages, samples = answer.stages_ms, lanes[answer.lane]
-        runs[answer.lane, stages["run"]].append(answer)
         waited[answer.lane] += stages["queue"] > 2 * stages["run"]
         samples.prepare.append((answer.picture, stages["decode"] + stages["preprocess"]))
         samples.publish.append((answer.picture, stages["publish"]))
         samples.overhead.append((answer.picture, max(0.0, answer.latency_ms - sum(stages.values()))))
+    for run in runs_of(answers):
+        work = sum((answer.picture.work for answer in run), NOTHING)
+        lanes[run[0].lane].run.append((work, run[0].stages_ms["run"]))
+        if len(run) > 1:
+            shared.add(run[0].lane)
     for lane, samples in lanes.items():
-        alone = all(len(shared) == 1 for (name, _), shared in runs.items() if name == lane)
-        samples.unshared = alone and waited[lane] >= _MANY
-    for (lane, run_ms), shared in runs.items():
-        lanes[lane].run.append((sum((answer.picture.work for answer in shared), NOTHING), run_ms))
+        samples.unshared = lane not in shared and waited[lane] >= _MANY
     if not lanes:
         raise CostsError(f"{where}: nothing was encoded, so nothing is known of its cost")
     by_runs = sorted(lanes.items(), key=lambda lane: -len(lane[1].run))
     return [samples.costs(lane, f"{where}, {len(samples.run)} runs of {lane}") for lane, samples in by_runs]
+
+
+def runs_of(answers: Iterable[Answer]) -> list[list[Answer]]:
+    """Answers by the run that they came of, which are near each other."""
+    runs: list[list[Answer]] = []
+    latest: dict[tuple[str, float], tuple[int, list[Answer]]] = {}
+    for number, answer in enumerate(answers):
+        key = answer.lane, answer.stages_ms["run"]
+        last, run = latest.get(key, (-_NEAR, []))
+        if number - last >= _NEAR:  # another run that happened to take as long
+            run = []
+            runs.append(run)
+        run.append(answer)
+        latest[key] = number, run
+    return runs
 
 
 def costs_in(status: Mapping[str, Any], where: str) -> list[Costs]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import random
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -20,6 +20,7 @@ _MOST_SHARED = 8
 # As in sidecar.engine.scheduler.
 _DECODED_PIXELS_A_PATCH = 4096
 _NOTHING = Line()
+_ENOUGH = 10
 
 Later = Callable[[float, Callable[[], None]], None]  # calls something at a time
 
@@ -134,14 +135,23 @@ class Lane:
         if not spread:
             return 1.0
         if (ratios := self._ratios.get(patches)) is None:
-            nearest = min(spread, key=lambda known: abs(math.log(known / patches)))
-            ratios = self._ratios[patches] = spread[nearest]
+            ratios = self._ratios[patches] = _nearest(spread, patches)
         return ratios[int(self._chance.random() * len(ratios))]
 
     def _count(self, job: Job, sign: int) -> None:
         self._patches += sign * job.patches
         self._pairs += sign * job.pairs
         self._items += sign
+
+
+def _nearest(spread: Mapping[int, Sequence[float]], patches: int) -> Sequence[float]:
+    """What is known of runs of about so many patches: enough that no single one stands for all of its size."""
+    ratios: list[float] = []
+    for known in sorted(spread, key=lambda known: abs(math.log(known / patches))):
+        ratios += spread[known]
+        if len(ratios) >= _ENOUGH:
+            break
+    return ratios
 
 
 def pays(run: Run, patches: float, pairs: float, batch_patches: int) -> bool:

@@ -206,8 +206,8 @@ class Block(nn.Module):
         return x + update
 
     def terms(self, x: Tensor, cos: Tensor, sin: Tensor, groups: Groups) -> tuple[Tensor, Tensor]:
-        """What the block gives, as the two terms of its sum: where blocks are compiled one by one, the next one's norm can add them
-        as it reads them."""
+        """What the block gives, as the two terms of its sum: where blocks are compiled one by one, the next one's norm can add
+        them as it reads them."""
         x = x + self.attn(self.norm1(x), cos, sin, groups)
         return x, self.mlp(self.norm2(x))
 

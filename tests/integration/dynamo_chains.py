@@ -30,8 +30,8 @@ class DynamoChain(EpdChain):
 
     @contextmanager
     def worker(self, model: Path, servers: Sequence[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
-        """One more encode worker in this chain, once it serves; ended by SIGTERM, since Dynamo asks one that was killed for ten more
-        seconds."""
+        """One more encode worker in this chain, once it serves; ended by SIGTERM, since Dynamo asks one that was killed for ten
+        more seconds."""
         environment = self._environment("encode") | {"DYN_GRACEFUL_SHUTDOWN_GRACE_PERIOD_SECS": "2"}
         environment.pop("DYN_SYSTEM_PORT")
         command = [_PYTHON, "-P", "-m", "sidecar.integrations.dynamo", "--server", ",".join(servers)]

@@ -53,10 +53,16 @@ def test_the_mean_wait_is_what_pollaczek_and_khinchine_say(load: float) -> None:
 
 
 def test_runs_scatter_as_they_were_measured_to() -> None:
-    scattered = costs(0.0, 0.01, spread={1024: [0.5, 1.5], 9999: [7.0]})
+    scattered = costs(0.0, 0.01, spread={1024: [0.5, 1.5] * 5, 9999: [7.0]})
     latencies = simulate(at(*(1000.0 * number for number in range(200))), fleet(scattered)).latencies_ms
     assert {round(ms, 6) for ms in latencies} == {5.12, 15.36}
     assert 0.35 < sum(ms < 10 for ms in latencies) / 200 < 0.65
+
+
+def test_one_slow_run_does_not_stand_for_its_size() -> None:
+    lone = costs(0.0, 0.01, spread={1024: [9.0], 1000: [1.0] * 19})
+    latencies = simulate(at(*(1000.0 * number for number in range(200))), fleet(lone)).latencies_ms
+    assert sum(ms > 90 for ms in latencies) < 30
 
 
 def test_a_request_ends_with_its_slowest_picture() -> None:

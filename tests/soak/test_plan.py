@@ -1,7 +1,7 @@
 """The planner tells beforehand what the load tool then gets.
 
-The sidecars are real, but for runs that sleep: what they cost does not change while others use the machine. bench/plan.py does the
-same with real runs.
+The sidecars are real, but for runs that sleep: what they cost does not change while others use the machine. bench/plan.py does
+the same with real runs.
 """
 
 from __future__ import annotations

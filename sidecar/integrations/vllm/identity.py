@@ -18,7 +18,6 @@ from sidecar.vision.spec import PixelSpec, TowerSpec
 logger = logging.getLogger("vllm." + __name__)
 
 
-
 class MismatchError(Exception):
     """A sidecar holds another model."""
 
