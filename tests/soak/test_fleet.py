@@ -27,6 +27,8 @@ from sidecar.fleet import AddressError, Fleet
 from sidecar.items import Item, image_item, rgb_image_item
 from sidecar.pb import encoder_pb2 as pb
 
+pytestmark = pytest.mark.soak
+
 # Long enough for any machine: a test that waits this long has failed.
 LONG_S = 60.0
 FLAGS = ("--threads", "1", "--precision", "f32", "--embedding-dtype", "float32", "--warm-up-seconds", "0")
