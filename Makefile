@@ -21,7 +21,7 @@ help:
 	@echo "make serve MODEL=…     serve it; LISTEN=host:port DEVICE=… METRICS=host:port, further flags in ARGS='--precision int8 …'"
 	@echo "make test-browser      the status page in a real browser"
 	@echo "make test-slow         the tests at real size"
-	@echo "make test-soak         the promises under load, faults and hostile input; 8 minutes, a line of figures each"
+	@echo "make test-soak         the promises under load, faults and hostile input; 15 minutes, a line of figures each"
 	@echo "make test-integration  a real vLLM, the EPD chain and NVIDIA Dynamo on CPU; VLLM=0.31.0 for that version (8 GB, 20 minutes)"
 	@echo "make test-serving      a serving install alone: what it takes and that it serves"
 	@echo "make container         the image TAG=$(TAG); more in deploy/README.md"

@@ -69,7 +69,7 @@ def test_a_slow_lane_adds_what_it_can_and_costs_nothing(slow_ms: float) -> None:
     for lane in lanes:
         lane.warm_up(1.0)
     figures: dict[str, Any] = asyncio.run(
-        compare(Bench(TOWER, Grid(1, 8, 8)), *lanes, runtime, seconds=5, concurrency=128)
+        compare(Bench(TOWER, Grid(1, 8, 8)), *lanes, runtime, seconds=3, concurrency=128)
     )
     print(f"\nfast 20 ms, slow {slow_ms:g} ms: {figures}", end="")
     assert figures["of_the_sum"] >= 0.9
