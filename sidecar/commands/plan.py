@@ -98,6 +98,7 @@ def _planned(arguments: argparse.Namespace, gpu: Costs | None, cpu: Costs | None
         gpu=gpu.borrowing(cpu) if gpu else None,
         cpu=cpu.borrowing(gpu) if cpu else None,
         joined=arguments.joined,
+        cold=arguments.cold,
         timeout_s=arguments.timeout or math.inf,
         limits=limits_of(arguments),
     )

@@ -155,6 +155,9 @@ def _add_fleet_arguments(group: argparse._ArgumentGroup) -> None:
         "--joined", action="store_true", help="all as lanes of one sidecar, not each a sidecar of its own"
     )
     group.add_argument(
+        "--cold", action="store_true", help="callers have just connected: for two seconds all sidecars get as much"
+    )
+    group.add_argument(
         "--timeout",
         metavar="SECONDS",
         type=positive_float,

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from sidecar.load.tally import PERCENTILES, percentile
-from sidecar.plan.sidecar import picture_ms
+from sidecar.plan.lane import picture_ms
 from sidecar.plan.simulation import CPU, GPU, Fleet, Simulated, simulate
 from sidecar.plan.traffic import Traffic
 

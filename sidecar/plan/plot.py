@@ -38,8 +38,8 @@ def draw(plan: Plan) -> str:
             f"<title>{escape(title)}</title><style>{STYLE}</style>",
             f'<rect width="{_WIDTH}" height="{_HEIGHT}" fill="#fff"/>',
             text(_LEFT, 40, title, size=21, weight=600),
-            text(_LEFT, 64, answer(plan).capitalize(), FAINT),
-            text(_LEFT, 83, crossover(plan), FAINT),
+            text(_LEFT, 64, _sentence(answer(plan)), FAINT),
+            text(_LEFT, 83, _sentence(crossover(plan)), FAINT),
             *_grid(rate, latency),
             *_marks(plan, rate, latency),
             *_lines(plan, rate, latency),
@@ -96,6 +96,10 @@ def _name(curve: Curve, plan: Plan) -> str:
     if not curve.cpus:
         return f"{gpus} alone"
     return f"{gpus} + {cpus}" if plan.fleet.gpus else cpus
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def _dashed(path: str) -> str:

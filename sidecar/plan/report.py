@@ -42,18 +42,19 @@ def answer(plan: Plan) -> str:
     beside = f" beside {_gpus(plan.fleet.gpus)}" if plan.fleet.gpus else ""
     last = plan.rows[-1]
     if plan.target is None:
-        return f"no target was given; with {_cpus(last.cpus)}{beside} p{plan.percent} is {_ms(last.latency_ms[plan.percent])}."
+        got = _ms(last.latency_ms[plan.percent])
+        return f"no target was given; with {_cpus(last.cpus, plan.fleet)}{beside} p{plan.percent} is {got}."
     goal = f"p{plan.percent} within {_ms(plan.target.ms)}"
     if plan.chosen is None:
         best = min(plan.rows, key=lambda row: row.latency_ms[plan.percent])
         return (
-            f"not with up to {_cpus(last.cpus)}{beside}: {goal} is out of reach, and the best is "
-            f"{_ms(best.latency_ms[plan.percent])} with {_cpus(best.cpus)}."
+            f"not with up to {_cpus(last.cpus, plan.fleet)}{beside}: {goal} is out of reach, and the best is "
+            f"{_ms(best.latency_ms[plan.percent])} with {_cpus(best.cpus, plan.fleet)}."
         )
     got = _ms(plan.chosen.latency_ms[plan.percent])
     if not plan.chosen.cpus:
         return f"none: {_gpus(plan.fleet.gpus)} alone {'is' if plan.fleet.gpus == 1 else 'are'} enough, p{plan.percent} {got}."
-    return f"{_cpus(plan.chosen.cpus)}{beside}: p{plan.percent} {got}, {goal}."
+    return f"{_cpus(plan.chosen.cpus, plan.fleet)}{beside}: p{plan.percent} {got}, under the {_ms(plan.target.ms)} asked for."
 
 
 def crossover(plan: Plan) -> str:
@@ -61,7 +62,7 @@ def crossover(plan: Plan) -> str:
     found = plan.crossover
     if found is None:
         return ""
-    who = f"{_cpus(found.cpus)} beside {_gpus(plan.fleet.gpus)}"
+    who = f"{_cpus(found.cpus, plan.fleet)} beside {_gpus(plan.fleet.gpus)}"
     verb = "lowers" if found.cpus == 1 else "lower"
     if found.rate_per_s is None:
         return f"{who} never {verb} p{plan.percent} at these costs, up to {found.looked_to:,.4g} requests/s"
@@ -135,8 +136,9 @@ def _said(costs: Costs) -> str:
     return f"{run.fixed_ms:.3g} ms + {run.per_patch_ms:.3g} ms a patch + {run.per_pair_ms:.3g} ms a pair"
 
 
-def _cpus(count: int) -> str:
-    return "1 CPU sidecar" if count == 1 else f"{count} CPU sidecars"
+def _cpus(count: int, fleet: Fleet) -> str:
+    what = "CPU lane" if fleet.joined else "CPU sidecar"
+    return f"1 {what}" if count == 1 else f"{count} {what}s"
 
 
 def _gpus(count: int) -> str:

@@ -13,18 +13,21 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from sidecar.plan.costs import Costs, Line, Picture
-from sidecar.plan.sidecar import Job, Lane, Limits, Sidecar
+from sidecar.plan.lane import Job, Lane
+from sidecar.plan.sidecar import Limits, Sidecar
 from sidecar.plan.traffic import Traffic
 
 GPU, CPU = "gpu", "cpu"
 _WEIGHTS_EVERY_MS = 1000.0  # weightUpdatePeriod of sidecar.channel
+_COLD_MS = 2000.0  # blackoutPeriod, and until the next update
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fleet:
     """So many of each kind, each a sidecar of its own, or all of them lanes of one sidecar (`joined`).
 
-    `timeout_s`: callers' patience. `limits`: of each sidecar.
+    `timeout_s`: callers' patience. `limits`: of each sidecar. `cold`: the caller has just connected, and gRPC does not know yet
+    whom to send how much.
     """
 
     gpus: int
@@ -32,6 +35,7 @@ class Fleet:
     gpu: Costs | None
     cpu: Costs | None
     joined: bool = False
+    cold: bool = False
     timeout_s: float = math.inf
     limits: Limits = field(default_factory=Limits)
 
@@ -67,7 +71,7 @@ class _Simulation:
         self._sidecars = _sidecars(fleet, self._later, seed)
         self._passes = [0.0] * len(self._sidecars)  # stride scheduling
         self._strides = [1.0] * len(self._sidecars)
-        self._weighed_ms = -math.inf
+        self._weighed_ms = _COLD_MS - _WEIGHTS_EVERY_MS if fleet.cold else -math.inf
         self._began: dict[int, float] = {}
         self._slowest: dict[int, float] = {}
         self._failed: set[int] = set()

@@ -88,7 +88,7 @@ def test_a_cpu_that_is_far_too_slow_never_helps() -> None:
     slow = Costs(name="cpu", source="made up", run=Run(per_patch_ms=100.0))
     found = planned(70.0, cpu=slow, joined=True)
     assert found.crossover == Crossover(1, None, pytest.approx(1.2 * 97.7, rel=0.01))
-    assert crossover(found).startswith("1 CPU sidecar beside 1 GPU never lowers p95 at these costs, up to 117")
+    assert crossover(found).startswith("1 CPU lane beside 1 GPU never lowers p95 at these costs, up to 117")
 
 
 def test_capacity_counts_shared_runs() -> None:
@@ -119,6 +119,7 @@ def test_the_picture_has_a_line_for_each_number_of_sidecars() -> None:
     texts = ["".join(element.itertext()) for element in root.iter("{http://www.w3.org/2000/svg}text")]
     assert "1 GPU alone" in texts and f"1 GPU + {found.chosen.cpus} CPUs" in texts
     assert any(text.startswith("target 500 ms") for text in texts)
+    assert f"{found.chosen.cpus} CPU sidecars beside 1 GPU: " in texts[1] and "beside 1 GPU lower" in texts[2]
     assert len(found.curves) >= 2 and all(len(curve.points) == 12 for curve in found.curves)
 
 

