@@ -16,7 +16,7 @@ READY := $(VENV)/.ready
 
 help:
 	@echo "make demo              a toy checkpoint becomes an artifact, is served, and encodes real photos"
-	@echo "make test              the tests, under 5 minutes"
+	@echo "make test              the tests, about 6 minutes"
 	@echo "make export MODEL=…    a checkpoint's vision tower becomes the artifact OUT=$(OUT)"
 	@echo "make serve MODEL=…     serve it; LISTEN=host:port DEVICE=… METRICS=host:port, further flags in ARGS='--precision int8 …'"
 	@echo "make test-browser      the status page in a real browser"
