@@ -57,7 +57,8 @@ ALLOWED = {
     ),
     "sidecar/integrations/dynamo/": (
         *("sidecar.fleet", "sidecar.addresses", "sidecar.replies", "sidecar.items", "sidecar.credentials"),
-        *("sidecar.vision", "sidecar.pb", "sidecar.integrations.checkpoint", "sidecar.integrations.owned_directory"),
+        *("sidecar.flags", "sidecar.vision", "sidecar.pb"),
+        *("sidecar.integrations.checkpoint", "sidecar.integrations.owned_directory"),
     ),
     "sidecar/integrations/checkpoint.py": ("sidecar.artifact", "sidecar.vision"),
     "sidecar/integrations/owned_directory.py": (),

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from safetensors.torch import load_file
 
 from sidecar.integrations.dynamo import local_files
 from sidecar.integrations.dynamo.local_files import LocalFiles
-from sidecar.vision.dtypes import DType
+from sidecar.vision.dtypes import Array, DType
 
 VALUES = np.arange(24, dtype=np.float32).reshape(3, 8)
 BITS = np.arange(24, dtype=np.uint16).reshape(3, 8)
@@ -24,8 +25,7 @@ BITS = np.arange(24, dtype=np.uint16).reshape(3, 8)
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(local_files, "_AFTER_READ_S", 0.2)
-    monkeypatch.setattr(local_files, "_LOOK_S", 0.02)
+    monkeypatch.setattr(local_files, "_READ_S", 0.2)
 
 
 def run(
@@ -42,6 +42,11 @@ def run(
     asyncio.run(limited())
 
 
+async def add(files: LocalFiles, values: Array = VALUES, dtype: DType = DType.FLOAT32) -> Path:
+    (path,) = await files.add([(values, dtype)])
+    return path
+
+
 async def gone(path: Path) -> None:
     while path.exists():
         await asyncio.sleep(0.01)
@@ -49,8 +54,8 @@ async def gone(path: Path) -> None:
 
 def test_it_is_read_as_prefill_reads_it_and_goes_afterwards(tmp_path: Path) -> None:
     async def test(files: LocalFiles) -> None:
-        path = await files.add(VALUES, (1, 3, 8), DType.FLOAT32)
-        bits = await files.add(BITS, (1, 3, 8), DType.BFLOAT16)
+        path = await add(files)
+        bits = await add(files, BITS, DType.BFLOAT16)
         await asyncio.sleep(0.5)
         assert path.exists() and path.stat().st_mode & 0o777 == 0o600
         tensor = load_file(path)["ec_cache"]
@@ -69,7 +74,7 @@ def test_it_is_read_as_prefill_reads_it_and_goes_afterwards(tmp_path: Path) -> N
 
 def test_one_that_nobody_reads_goes_when_its_time_is_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     async def test(files: LocalFiles) -> None:
-        path = await files.add(VALUES, (1, 3, 8), DType.FLOAT32)
+        path = await add(files)
         await gone(path)
         assert files.unread == 1
 
@@ -79,8 +84,8 @@ def test_one_that_nobody_reads_goes_when_its_time_is_over(tmp_path: Path, caplog
 
 def test_who_would_add_more_than_fits_waits_for_a_reader(tmp_path: Path) -> None:
     async def test(files: LocalFiles) -> None:
-        first = await files.add(VALUES, (1, 3, 8), DType.FLOAT32)
-        second = asyncio.create_task(files.add(VALUES, (1, 3, 8), DType.FLOAT32))
+        first = await add(files)
+        second = asyncio.create_task(add(files))
         await asyncio.sleep(0.1)
         assert not second.done()
         load_file(first)
@@ -91,20 +96,79 @@ def test_who_would_add_more_than_fits_waits_for_a_reader(tmp_path: Path) -> None
 
 def test_one_larger_than_all_that_may_lie_there_passes_when_nothing_does(tmp_path: Path) -> None:
     async def test(files: LocalFiles) -> None:
-        assert (await files.add(VALUES, (1, 3, 8), DType.FLOAT32)).exists()
+        assert (await add(files)).exists()
 
     run(test, tmp_path, capacity=1)
 
 
-def test_a_withdrawn_one_goes_at_once_and_makes_room(tmp_path: Path) -> None:
+def test_requests_of_several_images_do_not_wait_for_one_another_for_ever(tmp_path: Path) -> None:
     async def test(files: LocalFiles) -> None:
-        for _ in range(3):
-            path = await files.add(VALUES, (1, 3, 8), DType.FLOAT32)
-            files.remove(str(path))
-            files.remove(str(path))
-            assert not path.exists()
+        async def request() -> None:
+            for path in await files.add([(VALUES, DType.FLOAT32)] * 3):
+                load_file(path)
+
+        # Room for four; one after the other has room for all of its three.
+        await asyncio.gather(*(request() for _ in range(4)))
+
+    run(test, tmp_path, capacity=4 * VALUES.nbytes)
+
+
+def test_a_caller_who_leaves_while_it_is_written_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+    write = local_files._write
+
+    def slow(*arguments: Any) -> None:
+        begun.set()
+        assert go_on.wait(10)
+        write(*arguments)
+
+    async def test(files: LocalFiles) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(local_files, "_write", slow)
+            adding = asyncio.create_task(add(files))
+            await asyncio.to_thread(begun.wait, 10)
+            adding.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await adding
+            assert files.bytes == VALUES.nbytes  # the thread is at it still
+            go_on.set()
+            while files.bytes:
+                await asyncio.sleep(0.01)
+        assert not list(files.path.glob("*.safetensors"))
+
+    run(test, tmp_path)
+
+
+def test_one_who_no_longer_waits_for_room_does_not_hold_up_the_next(tmp_path: Path) -> None:
+    async def test(files: LocalFiles) -> None:
+        first = await add(files)
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(add(files), 0.05)
+        third = asyncio.create_task(add(files))
+        load_file(first)
+        assert (await third).exists()
 
     run(test, tmp_path, capacity=VALUES.nbytes)
+
+
+def test_no_more_is_promised_than_the_file_system_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    system = SimpleNamespace(f_bavail=2 * VALUES.nbytes, f_frsize=1)
+    monkeypatch.setattr(local_files.os, "statvfs", lambda _: system)
+
+    async def test(files: LocalFiles) -> None:
+        first = await add(files)
+        second = asyncio.create_task(add(files))
+        await asyncio.sleep(0.1)
+        assert not second.done()
+        load_file(first)
+        await second
+
+    run(test, tmp_path, capacity=1 << 60)
+    assert "its file system has no more room" in caplog.text
 
 
 def test_a_file_system_that_is_full_is_an_error_and_leaves_nothing(
@@ -118,34 +182,11 @@ def test_a_file_system_that_is_full_is_an_error_and_leaves_nothing(
         with monkeypatch.context() as patch:
             patch.setattr(local_files, "_write", full)
             with pytest.raises(OSError, match="No space left"):
-                await files.add(VALUES, (1, 3, 8), DType.FLOAT32)
-        assert not list(files.path.glob("*.safetensors")) and not list(files.path.glob(".*.safetensors"))
-        await files.add(VALUES, (1, 3, 8), DType.FLOAT32)
-
-    run(test, tmp_path, capacity=VALUES.nbytes)
-
-
-def test_one_whose_adding_is_cancelled_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    entered, let_go = threading.Event(), threading.Event()
-    write = local_files._write
-
-    def slow(*arguments: Any) -> None:
-        entered.set()
-        assert let_go.wait(10)
-        write(*arguments)
-
-    async def test(files: LocalFiles) -> None:
-        monkeypatch.setattr(local_files, "_write", slow)
-        adding = asyncio.create_task(files.add(VALUES, (1, 3, 8), DType.FLOAT32))
-        assert await asyncio.to_thread(entered.wait, 10)
-        adding.cancel()
-        await asyncio.sleep(0.05)
-        let_go.set()
-        with pytest.raises(asyncio.CancelledError):
-            await adding
-        assert not [path for path in files.path.iterdir() if path.name != ".lock"]
-        monkeypatch.setattr(local_files, "_write", write)
-        await files.add(VALUES, (1, 3, 8), DType.FLOAT32)
+                await add(files)
+            while files.bytes:
+                await asyncio.sleep(0)
+        assert not list(files.path.glob("*.safetensors"))
+        await add(files)
 
     run(test, tmp_path, capacity=VALUES.nbytes)
 
@@ -153,7 +194,7 @@ def test_one_whose_adding_is_cancelled_leaves_nothing(tmp_path: Path, monkeypatc
 def test_the_end_waits_for_readers_and_not_for_ever(tmp_path: Path) -> None:
     async def ends() -> float:
         files = LocalFiles(tmp_path, capacity_bytes=1 << 20, unread_s=60)
-        path = await files.add(VALUES, (1, 3, 8), DType.FLOAT32)
+        path = await add(files)
         asyncio.get_running_loop().call_later(0.3, load_file, path)
         began = time.monotonic()
         await files.close(10)

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from sidecar.integrations.dynamo.protocol import Bounds, EncodeRequest, RequestError, Transfer
+from sidecar.integrations.dynamo.images import Bounds
+from sidecar.integrations.dynamo.protocol import EncodeRequest, RequestError, Transfer
 from sidecar.vision.grid import Grid
 
 
@@ -23,7 +24,7 @@ def data_url(content: bytes) -> dict[str, Any]:
 
 def test_the_answer_is_the_request_with_embeddings_for_images() -> None:
     asked = EncodeRequest(request(data_url(b"one"), data_url(b"two"), engine_prompt={"kept": [1]}), Bounds())
-    assert asked.id == "r" and [item.image for item in asked.images] == [b"one", b"two"]
+    assert [item.image for item in asked.images] == [b"one", b"two"]
     transfers = [Transfer((1, 4, 8), "bfloat16", "/dev/shm/a"), Transfer((1, 6, 8), "bfloat16", "/dev/shm/b")]
     answer = json.loads(asked.answer([(Grid(1, 4, 4), transfers[0]), (Grid(1, 4, 6), transfers[1])]))
     assert answer["engine_prompt"] == {"kept": [1]} and answer["request_id"] == "r"
@@ -62,15 +63,51 @@ def test_a_data_url_may_be_percent_encoded() -> None:
         ("{}", "multimodal_inputs must be a list"),
         ('{"multimodal_inputs": [1]}', "multimodal_inputs must be a list of objects"),
         ('{"multimodal_inputs": [{}]}', "image 1: multimodal_input is missing"),
-        (request(data_url(b"x"), {}), "image 2: image_url must be"),
-        (request({"image_url": ["x"]}), "image 1: image_url must be"),
+        (request(data_url(b"x"), {}), "image 2: image_url is missing"),
+        (request({"image_url": ["x"]}), "image 1: image_url is missing"),
+        (request({"image_url": "http://example.org/a.png"}), "image 1: its URL must be https: or data:, not http:"),
+        (request({"image_url": "file:///etc/passwd"}), "image 1: its URL must be https: or data:, not file:"),
+        (request({"image_url": "/etc/passwd"}), "image 1: its URL must be https: or data:$"),
         (request({"image_url": "data:nonsense"}), "image 1: its data URL has no comma"),
         (request({"image_url": "data:image/png;base64,%%"}), "image 1: its data URL is no base64"),
+        (request({"image_url": "data:image/png;base64,é"}), "image 1: its data URL is no base64"),
         (request({"image_url": "data:image/png;base64,"}), "image 1: .*at least one byte"),
-        (request({"video_url": "data:,x"}), "image 1 is a video"),
+        (request({"video_url": "data:,x"}), "image 1: it is a video"),
         (request({"image_decoded": {"shape": []}}), "without --frontend-decoding"),
     ],
 )
 def test_what_cannot_be_served_is_named(raw: str, said: str) -> None:
     with pytest.raises(RequestError, match=said):
         EncodeRequest(raw, Bounds())
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "bounds"),
+    [
+        ({}, (100, 2000)),
+        ({"max_pixels": 500, "min_pixels": None}, (100, 500)),
+        ({"size": {"shortest_edge": 300, "longest_edge": 400}}, (300, 400)),
+        ({"size": {"longest_edge": 400}, "max_pixels": 500}, (100, 500)),
+    ],
+)
+def test_sizes_that_a_request_asks_for_hold_for_it(kwargs: dict[str, Any], bounds: tuple[int, int]) -> None:
+    for more in ({"mm_processor_kwargs": kwargs}, {"engine_prompt": {"mm_processor_kwargs": kwargs}}):
+        (image,) = EncodeRequest(request(data_url(b"x"), **more), Bounds(100, 2000)).images
+        assert (image.min_pixels, image.max_pixels) == bounds
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "said"),
+    [
+        ({"do_resize": False, "fps": 2}, "do_resize, fps cannot be honoured, only min_pixels and max_pixels"),
+        ({"size": {"height": 28, "width": 28}}, "size.height, size.width cannot be honoured"),
+        ({"size": 28}, "size must be an object"),
+        ({"max_pixels": 0}, "max_pixels must be a whole number above 0, got 0"),
+        ({"max_pixels": True}, "max_pixels must be a whole number"),
+        ({"min_pixels": "28"}, "min_pixels must be a whole number"),
+        ([1], "must be an object"),
+    ],
+)
+def test_what_else_a_request_asks_of_the_processor_is_refused_and_not_ignored(kwargs: Any, said: str) -> None:
+    with pytest.raises(RequestError, match=said):
+        EncodeRequest(request(data_url(b"x"), engine_prompt={"mm_processor_kwargs": kwargs}), Bounds())

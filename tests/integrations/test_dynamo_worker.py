@@ -5,15 +5,17 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import numpy as np
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
+from sidecar.integrations.dynamo.images import Bounds
+from sidecar.integrations.dynamo.metrics import Gauge
 from sidecar.integrations.dynamo.model import MismatchError, Model
-from sidecar.integrations.dynamo.options import OptionsError, parse
-from sidecar.integrations.dynamo.protocol import Bounds, Transfer
+from sidecar.integrations.dynamo.protocol import Transfer
 from sidecar.integrations.dynamo.worker import FailedError, Worker
 from sidecar.items import Item
 from sidecar.pb import encoder_pb2
@@ -46,9 +48,9 @@ def embedding(rows: int = 4, width: int = 8, fingerprint: str = MODEL, value: fl
 
 
 class FakeFleet:
-    """Answers each image by its content."""
+    """Answers each image by its content; from a list, one after another."""
 
-    def __init__(self, answers: dict[bytes, Embedding | Exception]) -> None:
+    def __init__(self, answers: dict[bytes, Any]) -> None:
         self._answers = answers
         self.gate = asyncio.Event()
         self.asked = 0
@@ -62,6 +64,8 @@ class FakeFleet:
             self.left += 1
             raise
         answer = self._answers.get(item.image, embedding())
+        if isinstance(answer, list):
+            answer = answer.pop(0)
         if isinstance(answer, Exception):
             raise answer
         return answer
@@ -70,16 +74,18 @@ class FakeFleet:
 class FakeHandOver:
     def __init__(self) -> None:
         self.offered = 0
-        self.withdrawn: list[Transfer] = []
+        self.room = asyncio.Event()
+        self.room.set()
+        self.broken: OSError | None = None
 
-    async def offer(self, embedding: Embedding) -> Transfer:
-        self.offered += 1
-        return Transfer((1, 4, 8), "float32", f"file-{self.offered}")
+    async def offer(self, embeddings: Sequence[Embedding]) -> list[Transfer]:
+        await self.room.wait()
+        if self.broken is not None:
+            raise self.broken
+        self.offered += len(embeddings)
+        return [Transfer.of(embedding, f"file-{number}") for number, embedding in enumerate(embeddings, 1)]
 
-    async def withdraw(self, transfer: Transfer) -> None:
-        self.withdrawn.append(transfer)
-
-    async def close(self, drain_s: float) -> None:
+    async def close(self, wait_s: float) -> None:
         pass
 
 
@@ -91,13 +97,15 @@ def request(*contents: bytes) -> str:
 
 
 def run(
-    answers: dict[bytes, Embedding | Exception], test: Callable[[Worker, FakeFleet, FakeHandOver], Awaitable[None]]
+    answers: dict[bytes, Any],
+    test: Callable[[Worker, FakeFleet, FakeHandOver], Awaitable[None]],
+    request_s: float = 60.0,
 ) -> None:
     async def limited() -> None:
         model = Model()
         model.meet(info())
         fleet, hand_over = FakeFleet(answers), FakeHandOver()
-        worker: Any = Worker(fleet, model, hand_over, Bounds(), 60.0)  # type: ignore[arg-type]
+        worker: Any = Worker(fleet, model, hand_over, Bounds(), request_s)  # type: ignore[arg-type]
         await asyncio.wait_for(test(worker, fleet, hand_over), 10)
 
     asyncio.run(limited())
@@ -105,13 +113,16 @@ def run(
 
 def test_all_images_are_asked_for_before_any_has_come() -> None:
     async def test(worker: Worker, fleet: FakeFleet, hand_over: FakeHandOver) -> None:
-        asking = asyncio.create_task(worker.answer(request(b"a", b"b", b"c")))
+        asking = asyncio.create_task(worker.answer(request(b"a", b"b", b"c"), "r"))
         while fleet.asked < 3:
             await asyncio.sleep(0)
         fleet.gate.set()
         answer = json.loads(await asking or "")
-        assert [group["embeddings_shape"] for group in answer["multimodal_inputs"]] == [[1, 4, 8]] * 3
-        assert worker.tally == {"requests": 1, "images": 3} and await worker.drain(0.1)
+        groups = answer["multimodal_inputs"]
+        assert [group["embeddings_shape"] for group in groups] == [[1, 4, 8]] * 3
+        paths = [group["serialized_request"]["serialized_request"] for group in groups]
+        assert paths == ["file-1", "file-2", "file-3"]
+        assert worker.tally.requests["answered"] == 1 and worker.tally.images == 3 and await worker.drain(0.1)
 
     run({}, test)
 
@@ -129,30 +140,62 @@ def test_all_images_are_asked_for_before_any_has_come() -> None:
     ],
     ids=["bad image", "no sidecar", "contract", "a row short", "width", "other model", "NaN"],
 )
-def test_one_that_is_wrong_fails_the_request_with_its_number_and_takes_its_neighbours_back(
+def test_one_that_is_wrong_fails_the_request_with_its_number_and_nothing_is_handed_over(
     wrong: Embedding | Exception, said: str
 ) -> None:
     async def test(worker: Worker, fleet: FakeFleet, hand_over: FakeHandOver) -> None:
         fleet.gate.set()
         with pytest.raises(FailedError, match=said):
-            await worker.answer(request(b"right", b"wrong", b"right too"))
-        assert len(hand_over.withdrawn) == hand_over.offered
-        assert worker.tally["failed"] == 1 and await worker.drain(0.1)
-        assert await worker.answer(request(b"right"))
+            await worker.answer(request(b"right", b"wrong", b"right too"), "r")
+        assert not hand_over.offered
+        assert worker.tally.requests["failed"] == 1 and worker.tally.failures.total() == 1 and await worker.drain(0.1)
+        assert await worker.answer(request(b"right"), "r")
 
     run({b"wrong": wrong}, test)
+
+
+def test_a_wrong_embedding_is_asked_for_again(caplog: pytest.LogCaptureFixture) -> None:
+    async def test(worker: Worker, fleet: FakeFleet, hand_over: FakeHandOver) -> None:
+        fleet.gate.set()
+        assert await worker.answer(request(b"x"), "r")
+        assert fleet.asked == 3 and hand_over.offered == 1
+
+    run({b"x": [embedding(rows=3), embedding(fingerprint="0" * 64), embedding()]}, test)
+    assert "an embedding of CPU was refused: its shape is (3, 8)" in caplog.text
+
+
+def test_embeddings_that_nobody_makes_room_for_fail_their_request_in_time() -> None:
+    async def test(worker: Worker, fleet: FakeFleet, hand_over: FakeHandOver) -> None:
+        fleet.gate.set()
+        hand_over.room.clear()
+        with pytest.raises(FailedError, match="could not be handed over in time"):
+            await worker.answer(request(b"x"), "r")
+        assert worker.tally.failures["room"] == 1
+
+    run({}, test, request_s=0.2)
+
+
+def test_a_full_file_system_fails_the_request_with_its_words() -> None:
+    async def test(worker: Worker, fleet: FakeFleet, hand_over: FakeHandOver) -> None:
+        fleet.gate.set()
+        hand_over.broken = OSError(28, "No space left on device")
+        with pytest.raises(FailedError, match="could not be handed over: No space left on device"):
+            await worker.answer(request(b"x"), "r")
+
+    run({}, test)
 
 
 def test_the_calls_of_a_caller_who_has_gone_are_ended() -> None:
     async def test(worker: Worker, fleet: FakeFleet, hand_over: FakeHandOver) -> None:
         leaves = asyncio.Event()
-        asking = asyncio.create_task(worker.answer(request(b"a", b"b"), leaves.wait))
+        asking = asyncio.create_task(worker.answer(request(b"a", b"b"), "r", leaves.wait))
         while fleet.asked < 2:
             await asyncio.sleep(0)
         assert not await worker.drain(0.01)
         leaves.set()
         assert await asking is None
         assert fleet.left == 2 and not hand_over.offered and await worker.drain(0.1)
+        assert worker.tally.requests == {"answered": 0, "failed": 0, "left": 1}
 
     run({}, test)
 
@@ -161,33 +204,27 @@ def test_a_sidecar_of_another_model_is_not_the_one() -> None:
     proven = Model(MODEL, proven=True)
     with pytest.raises(MismatchError, match="this checkpoint's is ffffffffffffffff…"):
         proven.meet(info("0" * 64))
-    assert not proven.known
     first = Model()
     first.meet(info())
-    assert first.known and first.fingerprint == MODEL
+    assert first.fingerprint == MODEL
     with pytest.raises(MismatchError, match="the others serve"):
         first.meet(info("0" * 64))
 
 
-def test_options_come_from_flags_and_from_dynamos_variables() -> None:
-    options = parse(["--model", "m", "--server", "a:1,b:2", "--server", "c:3"], {"DYN_NAMESPACE": "ns"})
-    assert options.servers == ("a:1", "b:2", "c:3") and options.namespace == "ns" and options.model_name == "m"
-    assert parse(["--model", "m"], {"EPD_SERVER": "x:1", "DYN_ENCODER_DEVICE": "cuda:0"}).device == "cuda:0"
-    assert parse(["--model", "m"], {}).servers == ("127.0.0.1:50051",)
+def test_metrics_are_in_prometheus_text_format() -> None:
+    async def test(worker: Worker, fleet: FakeFleet, hand_over: FakeHandOver) -> None:
+        fleet.gate.set()
+        await worker.answer(request(b"a", b"b"), "r")
+        with pytest.raises(FailedError):
+            await worker.answer("{", "r")
+        text = worker.tally.text([Gauge("epd_dynamo_files", "Lying there", lambda: 7)])
+        values = {
+            sample.name + "".join(sample.labels.values()): sample.value
+            for family in text_string_to_metric_families(text)
+            for sample in family.samples
+        }
+        assert values["epd_dynamo_requests_totalanswered"] == values["epd_dynamo_requests_totalfailed"] == 1
+        assert values["epd_dynamo_image_seconds_count"] == values["epd_dynamo_image_seconds_bucket+Inf"] == 2
+        assert values["epd_dynamo_files"] == 7
 
-
-@pytest.mark.parametrize(
-    ("flags", "said"),
-    [
-        (["--request-seconds", "0"], "--request-seconds must be more than 0"),
-        (["--request-seconds", "nan"], "--request-seconds must be more than 0"),
-        (["--local-bytes", "0"], "--local-bytes must be at least 1"),
-        (["--local-directory", "/nowhere"], "/nowhere is no directory"),
-        (["--namespace", "a.b"], "no dots"),
-        (["--server", ","], "--server needs the address"),
-        (["--min-pixels", "0"], "must be at least 1"),
-    ],
-)
-def test_options_that_cannot_be_meant_are_refused(flags: list[str], said: str) -> None:
-    with pytest.raises(OptionsError, match=said):
-        parse(["--model", "m", *flags], {})
+    run({}, test)

@@ -33,9 +33,14 @@ class Model:
         self._width = self._merge_unit = 0
 
     @classmethod
-    def of(cls, checkpoint: str, given: str | None) -> Model:
-        """Read the checkpoint: seconds for 1.3 GB of weights."""
-        if given is not None:
+    def of(cls, checkpoint: str, given: str) -> Model:
+        """That of a checkpoint, which is read: seconds for 1.3 GB of weights.
+
+        Args:
+            checkpoint: a directory or a hub id; where its files are not here, sidecars are compared with one another only.
+            given: the operator's word for the fingerprint; empty, if there is none.
+        """
+        if given:
             return cls(given, proven=True)
         directory = checkpoint_directory(checkpoint, None)
         if directory is None:
@@ -66,11 +71,6 @@ class Model:
         self.fingerprint = info.fingerprint
         self._width = info.tower.out_hidden_size
         self._merge_unit = info.tower.spatial_merge_size**2
-
-    @property
-    def known(self) -> bool:
-        """Whether a sidecar of this model has been met."""
-        return self._width > 0
 
     def check(self, embedding: Embedding) -> None:
         """Raises:

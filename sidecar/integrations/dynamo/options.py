@@ -1,166 +1,154 @@
-"""The worker's flags, each with a variable; what Dynamo itself reads from the environment (DYN_…) stays Dynamo's."""
+"""Every option of the worker: a flag, with a variable of this project's and Dynamo's own where it has one."""
 
 from __future__ import annotations
 
 import argparse
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
+from sidecar.addresses import AddressError, Addresses
+from sidecar.flags import (
+    SettingsError,
+    add_arguments,
+    flag,
+    flag_name,
+    number,
+    path_or_none,
+    setting,
+    values_from,
+    whole,
+    words,
+)
 from sidecar.integrations.dynamo.handover import MODES
-from sidecar.integrations.dynamo.protocol import Bounds
+from sidecar.integrations.dynamo.images import Bounds, bounds
 
+__all__ = ["Options", "SettingsError"]
 
-class OptionsError(ValueError):
-    """An option cannot be meant as it is given."""
+# A second pool of workers for the same model, as Dynamo's operator starts one to replace the first.
+_SUFFIX_VARIABLE = "DYN_NAMESPACE_WORKER_SUFFIX"
+_NAMESPACE = re.compile(r"[\w-]+")
+_FINGERPRINT = re.compile(r"[0-9a-f]{64}")
+_LONGEST_S = 86_400.0
+_CHOICES = {
+    "embedding_transfer_mode": MODES,
+    "discovery_backend": ("kubernetes", "etcd", "file", "mem"),
+    "request_plane": ("tcp", "nats"),
+    "response_plane": ("", "tcp", "quic"),
+    "event_plane": ("", "zmq", "nats"),
+    "log_level": ("debug", "info", "warning", "error"),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
     """Raises:
-    OptionsError: if a value is out of range.
+    SettingsError: if a value cannot be meant.
     """
 
-    servers: tuple[str, ...]
-    model: str
-    model_name: str
-    namespace: str
-    component: str
-    endpoint: str
-    mode: str
-    directory: Path
-    directory_bytes: int
-    unread_s: float
-    request_s: float
-    drain_s: float
-    bounds: Bounds
-    fingerprint: str | None
-    device: str
-    tls: bool
-    tls_ca: Path | None
-    tls_cert: Path | None
-    tls_key: Path | None
-    token_file: Path | None
-    log_level: str
+    server: tuple[str, ...] = setting(
+        "sidecars: host:port or dns:///name:port, each for all addresses of the name; or unix:/path",
+        ("127.0.0.1:50051",),
+        parse=words,
+        repeatable=True,
+    )
+    model: str = setting(
+        "prefill's checkpoint: a directory or a hub id. Where its files are on this host, sidecars must prove to hold its weights"
+    )
+    model_name: str = setting("the name that prefill serves it by; not given: as --model", "")
+    fingerprint: str = setting("expect this artifact instead of the checkpoint's: 64 digits", "")
+    mm_processor_kwargs: Bounds = setting("as prefill's: min_pixels and max_pixels of an image", Bounds(), parse=bounds)
+    embedding_transfer_mode: str = setting(
+        f"{', '.join(MODES)}; as prefill's", "local", variables=("DYN_VLLM_EMBEDDING_TRANSFER_MODE",)
+    )
+    local_directory: Path = setting(
+        "where files of local mode lie, on a file system in memory; prefill must see it under the same name",
+        Path("/dev/shm"),
+        parse=Path,
+    )
+    local_bytes: int = setting("so many bytes of files at a time; what is more waits", 1 << 30, parse=whole)
+    unread_seconds: float = setting("a file that nobody reads goes after so long", 180.0, parse=number)
+    request_seconds: float = setting("longest that a request may take, asking again included", 60.0, parse=number)
+    drain_seconds: float = setting(
+        "how long SIGTERM waits for what is under way, after the time that others need to notice", 30.0, parse=number
+    )
+    namespace: str = setting("of Dynamo's", "dynamo", variables=("DYN_NAMESPACE",))
+    discovery_backend: str = setting("kubernetes, etcd, file or mem", "etcd", variables=("DYN_DISCOVERY_BACKEND",))
+    request_plane: str = setting("tcp or nats", "tcp", variables=("DYN_REQUEST_PLANE",))
+    response_plane: str = setting("tcp or quic; not given: Dynamo's own", "", variables=("DYN_RESPONSE_PLANE",))
+    event_plane: str = setting("zmq or nats; not given: Dynamo's own", "", variables=("DYN_EVENT_PLANE",))
+    encoder_device: str = setting(
+        "what the launcher asked for; a warning if the sidecars run elsewhere", "", variables=("DYN_ENCODER_DEVICE",)
+    )
+    tls: bool = setting("call the sidecars over TLS, as any --tls-… does", False, parse=flag)
+    tls_ca: Path | None = setting("trust the authorities in this PEM file alone", None, parse=path_or_none)
+    tls_cert: Path | None = setting("this worker's certificate, for mutual TLS", None, parse=path_or_none)
+    tls_key: Path | None = setting("the certificate's key", None, parse=path_or_none)
+    token_file: Path | None = setting("send the first token in this file", None, parse=path_or_none)
+    log_level: str = setting("debug, info, warning or error; Dynamo's own log has DYN_LOG", "info")
 
     def __post_init__(self) -> None:
-        if not self.servers:
-            raise OptionsError("--server needs the address of a sidecar, such as 127.0.0.1:50051")
-        for name, seconds in (
-            ("--request-seconds", self.request_s),
-            ("--unread-seconds", self.unread_s),
-            ("--drain-seconds", self.drain_s),
-        ):
-            if not 0 < seconds <= 86_400:
-                raise OptionsError(f"{name} must be more than 0 and at most 86400, got {seconds:g}")
-        if self.directory_bytes < 1:
-            raise OptionsError(f"--local-bytes must be at least 1, got {self.directory_bytes}")
-        if self.mode == "local" and not self.directory.is_dir():
-            raise OptionsError(f"--local-directory {self.directory} is no directory")
-        for part in (self.namespace, self.component, self.endpoint):
-            if not part or "." in part or "/" in part:
-                raise OptionsError(f"a namespace, component and endpoint have no dots and slashes; got {part!r}")
+        try:
+            Addresses(self.server)
+        except AddressError as error:
+            raise SettingsError(f"--server: {error}") from error
+        if not self.model:
+            raise SettingsError("--model must name prefill's checkpoint")
+        for name, known in _CHOICES.items():
+            if getattr(self, name) not in known:
+                choices = ", ".join(filter(None, known))
+                raise SettingsError(f"{flag_name(name)} must be one of {choices}, got {getattr(self, name)!r}")
+        for name in ("unread_seconds", "request_seconds", "drain_seconds"):
+            if not 0 < getattr(self, name) <= _LONGEST_S:
+                raise SettingsError(
+                    f"{flag_name(name)} must be above 0 and at most {_LONGEST_S:.0f}, got {getattr(self, name):g}"
+                )
+        if self.unread_seconds <= self.request_seconds:
+            # Prefill reads only once it has the answers of all encode workers that a request's images went to.
+            raise SettingsError(
+                f"--unread-seconds ({self.unread_seconds:g}) must be more than --request-seconds ({self.request_seconds:g})"
+            )
+        if self.local_bytes < 1:
+            raise SettingsError(f"--local-bytes must be at least 1, got {self.local_bytes}")
+        if self.embedding_transfer_mode == "local" and not self.local_directory.is_dir():
+            raise SettingsError(f"--local-directory {self.local_directory} is no directory")
+        if not _NAMESPACE.fullmatch(self.namespace):
+            raise SettingsError(
+                f"--namespace must be of letters, digits, hyphens and underscores, got {self.namespace!r}"
+            )
+        if self.fingerprint and not _FINGERPRINT.fullmatch(self.fingerprint):
+            raise SettingsError(
+                f"--fingerprint must be the 64 hexadecimal digits that `python -m sidecar info` prints, got {self.fingerprint!r}"
+            )
 
+    @property
+    def served_name(self) -> str:
+        return self.model_name or self.model
 
-def parse(arguments: Sequence[str] | None = None, environment: Mapping[str, str] = os.environ) -> Options:
-    """Raises:
-    OptionsError: if a value is out of range.
-    SystemExit: of argparse.
-    """
+    @property
+    def uses_tls(self) -> bool:
+        return self.tls or any((self.tls_ca, self.tls_cert, self.tls_key))
 
-    def variable(name: str, default: str = "") -> str:
-        return environment.get(name) or default
+    @classmethod
+    def parse(cls, arguments: Sequence[str] | None = None, environment: Mapping[str, str] = os.environ) -> Self:
+        """From the command line, then the environment.
 
-    parser = argparse.ArgumentParser(
-        prog="python -m sidecar.integrations.dynamo",
-        description="Dynamo's encode component, which has its images encoded by one or many sidecars.",
-        epilog="Dynamo's own variables hold as for its other workers: DYN_NAMESPACE, DYN_DISCOVERY_BACKEND, DYN_FILE_KV, "
-        "DYN_REQUEST_PLANE, DYN_EVENT_PLANE, DYN_SYSTEM_PORT and the others.",
-    )
-    add = parser.add_argument
-    add(
-        "--server",
-        action="append",
-        metavar="ADDRESS",
-        help="sidecars: host:port, dns:///name:port, unix:/path; several with commas "
-        "or the flag several times (EPD_SERVER; 127.0.0.1:50051)",
-    )
-    add(
-        "--model",
-        required=True,
-        help="prefill's checkpoint: a directory, or a hub id. Where its files are on this host, the sidecars "
-        "must prove to hold its weights",
-    )
-    add("--model-name", "--served-model-name", default="", help="the name that prefill serves it by (--model)")
-    add("--fingerprint", help="expect this one instead of the checkpoint's (EPD_FINGERPRINT)")
-    add(
-        "--namespace",
-        default=variable("DYN_NAMESPACE", "dynamo"),
-        help="Dynamo's namespace (DYN_NAMESPACE; %(default)s)",
-    )
-    add("--component", default="encode", help="%(default)s is where prefill looks")
-    add("--endpoint", default="generate", help="%(default)s is where prefill looks")
-    add(
-        "--embedding-transfer-mode", dest="mode", choices=MODES, default="local", help="as prefill has it (%(default)s)"
-    )
-    add(
-        "--local-directory",
-        type=Path,
-        default=Path("/dev/shm"),
-        help="where the files of local mode lie; prefill must see it under the same name (%(default)s)",
-    )
-    add(
-        "--local-bytes",
-        type=int,
-        default=1 << 30,
-        help="so many bytes of files at a time; who would add more waits (%(default)s)",
-    )
-    add("--unread-seconds", type=float, default=120.0, help="a file that nobody reads goes after so long (%(default)s)")
-    add(
-        "--request-seconds",
-        type=float,
-        default=60.0,
-        help="longest that a request may take, asking again included (%(default)s)",
-    )
-    add("--drain-seconds", type=float, default=30.0, help="how long SIGTERM waits for what is under way (%(default)s)")
-    add("--min-pixels", type=int, help="as prefill's --mm-processor-kwargs")
-    add("--max-pixels", type=int, help="as prefill's --mm-processor-kwargs")
-    add("--log-level", choices=("debug", "info", "warning", "error"), default=variable("EPD_LOG_LEVEL", "info"))
-    group = parser.add_argument_group("TLS and tokens", "Any of the --tls flags calls the sidecars over TLS.")
-    group.add_argument("--tls", action="store_true", help="trust the authorities that gRPC knows by itself")
-    for name, what in (
-        ("ca", "trust the authorities in this PEM file"),
-        ("cert", "certificate of this worker"),
-        ("key", "its key"),
-    ):
-        group.add_argument(f"--tls-{name}", metavar="FILE", type=Path, help=what)
-    group.add_argument("--token-file", metavar="FILE", type=Path, help="send the first token in this file")
-    given = parser.parse_args(arguments)
-    bounds = [given.min_pixels, given.max_pixels]
-    if any(pixels is not None and pixels < 1 for pixels in bounds):
-        raise OptionsError("--min-pixels and --max-pixels must be at least 1")
-    servers = given.server or [variable("EPD_SERVER", "127.0.0.1:50051")]
-    return Options(
-        servers=tuple(address.strip() for server in servers for address in server.split(",") if address.strip()),
-        model=given.model,
-        model_name=given.model_name or given.model,
-        namespace=given.namespace,
-        component=given.component,
-        endpoint=given.endpoint,
-        mode=given.mode,
-        directory=given.local_directory,
-        directory_bytes=given.local_bytes,
-        unread_s=given.unread_seconds,
-        request_s=given.request_seconds,
-        drain_s=given.drain_seconds,
-        bounds=Bounds(*bounds),
-        fingerprint=given.fingerprint or environment.get("EPD_FINGERPRINT") or None,
-        device=variable("DYN_ENCODER_DEVICE"),
-        tls=given.tls,
-        tls_ca=given.tls_ca,
-        tls_cert=given.tls_cert,
-        tls_key=given.tls_key,
-        token_file=given.token_file,
-        log_level=given.log_level,
-    )
+        Raises:
+            SettingsError: if a value does not parse or cannot be meant.
+            SystemExit: of argparse.
+        """
+        parser = argparse.ArgumentParser(
+            prog="python -m sidecar.integrations.dynamo",
+            description="Dynamo's encode component, which has its images encoded by one or many sidecars.",
+            epilog="What Dynamo's runtime reads from the environment holds here too: DYN_FILE_KV, DYN_TCP_RPC_HOST, "
+            "DYN_SYSTEM_PORT, DYN_LOG, DYN_GRACEFUL_SHUTDOWN_GRACE_PERIOD_SECS and the others.",
+            allow_abbrev=False,
+        )
+        add_arguments(cls, parser)
+        values = values_from(cls, vars(parser.parse_args(arguments)), environment)
+        if suffix := environment.get(_SUFFIX_VARIABLE):
+            values["namespace"] = f"{values.get('namespace', 'dynamo')}-{suffix}"
+        return cls(**values)

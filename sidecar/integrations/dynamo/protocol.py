@@ -7,14 +7,14 @@ taken out and what leads to its embedding put in. Fields that are not named here
 
 from __future__ import annotations
 
-import base64
-import binascii
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
-from urllib.parse import unquote_to_bytes
+from typing import Any, Self
 
-from sidecar.items import Item, image_item
+from sidecar.integrations.dynamo.images import Bounds, item_of
+from sidecar.items import Item
+from sidecar.replies import Embedding
 from sidecar.vision.grid import Grid
 
 
@@ -23,38 +23,51 @@ class RequestError(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
-class Bounds:
-    """Pixels of an image after resizing, as prefill's --mm-processor-kwargs has them; None leaves the model's own."""
-
-    min_pixels: int | None = None
-    max_pixels: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class Transfer:
-    """How prefill gets one embedding. `request`: a path in `local` mode, an object of NIXL's in the others."""
+    """How prefill gets one embedding.
+
+    Attributes:
+        shape: (1, tokens, width).
+        dtype: torch's name for it.
+        request: a path in `local` mode, what NIXL's senders made in the others.
+    """
 
     shape: tuple[int, int, int]
     dtype: str
     request: Any
 
+    @classmethod
+    def of(cls, embedding: Embedding, request: Any) -> Self:
+        tokens, width = embedding.data.shape
+        return cls((1, tokens, width), str(embedding.dtype), request)
+
 
 class EncodeRequest:
-    """One request, whose images are asked for in the order of `images`."""
+    """
+    Attributes:
+        images: what is to be encoded, in order.
+    """
 
     def __init__(self, raw: str | bytes | dict[str, Any], bounds: Bounds) -> None:
-        """Raises:
-        RequestError: if it is no such request, or an image is none.
+        """
+        Args:
+            bounds: for a request that brings none of its own.
+
+        Raises:
+            RequestError: if it is no such request, or an image of it is none that can be encoded.
         """
         self._request = _parsed(raw)
         groups = self._request.get("multimodal_inputs")
         if not isinstance(groups, list) or not all(isinstance(group, dict) for group in groups):
             raise RequestError("multimodal_inputs must be a list of objects, one for each image")
         self._groups: list[dict[str, Any]] = groups
-        self.id = str(self._request.get("request_id") or "")
+        try:
+            bounds = bounds.changed_by(_processor_kwargs(self._request))
+        except ValueError as error:
+            raise RequestError(str(error)) from error
         self.images = [_image(number, group, bounds) for number, group in enumerate(groups, 1)]
 
-    def answer(self, embeddings: list[tuple[Grid, Transfer]]) -> str:
+    def answer(self, embeddings: Sequence[tuple[Grid, Transfer]]) -> str:
         """`embeddings`: one for each image."""
         for group, (grid, transfer) in zip(self._groups, embeddings, strict=True):
             group["multimodal_input"] |= {"image_url": None, "image_decoded": None}
@@ -79,37 +92,22 @@ def _parsed(raw: str | bytes | dict[str, Any]) -> dict[str, Any]:
     return raw
 
 
+def _processor_kwargs(request: dict[str, Any]) -> dict[str, Any]:
+    """Dynamo 1.6 sends none; vLLM's prompts have a place for them."""
+    prompt = request.get("engine_prompt")
+    kwargs = request.get("mm_processor_kwargs") or (
+        prompt.get("mm_processor_kwargs") if isinstance(prompt, dict) else None
+    )
+    if kwargs and not isinstance(kwargs, dict):
+        raise RequestError(f"mm_processor_kwargs must be an object, got {kwargs!r}")
+    return kwargs or {}
+
+
 def _image(number: int, group: dict[str, Any], bounds: Bounds) -> Item:
     media = group.get("multimodal_input")
     if not isinstance(media, dict):
         raise RequestError(f"image {number}: multimodal_input is missing")
-    if media.get("video_url") is not None:
-        raise RequestError(f"image {number} is a video; Dynamo's encode workers take images")
-    if media.get("image_decoded") is not None:
-        raise RequestError(
-            f"image {number} was decoded by the frontend, and its pixels lie in the frontend's memory; start the workers without "
-            "--frontend-decoding"
-        )
-    url = media.get("image_url")
-    if not isinstance(url, str) or not url:
-        raise RequestError(f"image {number}: image_url must be a data: or https: URL")
-    if url[:5].lower() == "data:":
-        try:
-            return image_item(_decoded(url), min_pixels=bounds.min_pixels, max_pixels=bounds.max_pixels)
-        except ValueError as error:
-            raise RequestError(f"image {number}: {error}") from error
-    # The sidecar fetches it, by the rules of its --url-input.
-    return Item(url=url, min_pixels=bounds.min_pixels, max_pixels=bounds.max_pixels)
-
-
-def _decoded(url: str) -> bytes:
-    """The bytes of a data URL (RFC 2397)."""
-    kind, comma, content = url[5:].partition(",")
-    if not comma:
-        raise ValueError("its data URL has no comma between type and content")
-    if not kind.lower().endswith(";base64"):
-        return unquote_to_bytes(content)
     try:
-        return base64.b64decode(content, validate=True)
-    except binascii.Error as error:
-        raise ValueError(f"its data URL is no base64: {error}") from error
+        return item_of(media, bounds)
+    except ValueError as error:
+        raise RequestError(f"image {number}: {error}") from error

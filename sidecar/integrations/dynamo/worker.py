@@ -9,16 +9,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import Counter
 from collections.abc import Awaitable, Callable
 
 from sidecar.fleet import Fleet
 from sidecar.integrations.dynamo.handover import HandOver
+from sidecar.integrations.dynamo.images import Bounds
+from sidecar.integrations.dynamo.metrics import Tally
 from sidecar.integrations.dynamo.model import Model, WrongEmbeddingError
-from sidecar.integrations.dynamo.protocol import Bounds, EncodeRequest, RequestError, Transfer
+from sidecar.integrations.dynamo.protocol import EncodeRequest, RequestError
 from sidecar.items import Item
-from sidecar.replies import ClientError, EncodeError
-from sidecar.vision.grid import Grid
+from sidecar.replies import ClientError, Embedding, EncodeError
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +31,8 @@ _THEIR_FAULT = {
     "NOT_FOUND",
     "PERMISSION_DENIED",
 }
+# One sidecar of many may hold the wrong model; what they all do wrong must not go round for long.
+_MOST_WRONG = 3
 
 
 class FailedError(Exception):
@@ -38,10 +40,15 @@ class FailedError(Exception):
 
 
 class Worker:
-    """Answers requests. `tally` counts `requests`, `images` and `failed` ones."""
+    """Answers requests and counts them in `tally`."""
 
     def __init__(self, fleet: Fleet, model: Model, hand_over: HandOver, bounds: Bounds, request_s: float) -> None:
-        self.tally: Counter[str] = Counter()
+        """
+        Args:
+            bounds: for a request that brings none of its own.
+            request_s: how long a request may take, all its images together.
+        """
+        self.tally = Tally()
         self._fleet = fleet
         self._model = model
         self._hand_over = hand_over
@@ -51,37 +58,45 @@ class Worker:
         self._idle = asyncio.Event()
         self._idle.set()
 
-    async def answer(self, raw: str, gone: Callable[[], Awaitable[object]] | None = None) -> str | None:
+    async def answer(self, raw: str, name: str, gone: Callable[[], Awaitable[object]] | None = None) -> str | None:
         """The answer to a request; None if its caller has gone.
 
         Args:
-            gone: returns once that has happened.
+            raw: what prefill sent.
+            name: Dynamo's, for the log.
+            gone: returns once the caller has gone.
 
         Raises:
-            FailedError: if an image cannot be had; the others of the request are then withdrawn.
+            FailedError: if an image cannot be had; nothing is handed over then.
         """
         started = time.monotonic()
-        self._begin()
+        self._under_way += 1
+        self._idle.clear()
+        count, outcome = 0, "failed"
         try:
             request = EncodeRequest(raw, self._bounds)
-            encoding = asyncio.create_task(self._encode_all(request))
-            if not await _first(encoding, gone):
-                logger.debug("request %s: its caller has gone", request.id)
+            count = len(request.images)
+            encoding = asyncio.create_task(self._answer(request))
+            if not await _ended_first(encoding, gone):
+                outcome = "left"
                 return None
-            answer = request.answer(encoding.result())
-        except RequestError as error:
-            self.tally["failed"] += 1
+            answer = encoding.result()
+            outcome = "answered"
+            return answer
+        except (RequestError, FailedError) as error:
+            logger.warning("request %s failed: %s", name, error)
             raise FailedError(str(error)) from error
-        except FailedError as error:
-            self.tally["failed"] += 1
-            logger.warning("request %s: %s", request.id, error)
+        except asyncio.CancelledError:
+            outcome = "left"
             raise
         finally:
-            self._end()
-        self.tally["images"] += len(request.images)
-        took_ms = (time.monotonic() - started) * 1e3
-        logger.debug("request id=%s images=%d ms=%.1f", request.id, len(request.images), took_ms)
-        return answer
+            self.tally.requests[outcome] += 1
+            logger.debug(
+                "request id=%s outcome=%s images=%d ms=%.1f", name, outcome, count, (time.monotonic() - started) * 1e3
+            )
+            self._under_way -= 1
+            if not self._under_way:
+                self._idle.set()
 
     async def drain(self, seconds: float) -> bool:
         """Wait until nothing is under way. Returns whether that was so in time."""
@@ -92,54 +107,69 @@ class Worker:
             return False
         return True
 
-    async def _encode_all(self, request: EncodeRequest) -> list[tuple[Grid, Transfer]]:
+    async def _answer(self, request: EncodeRequest) -> str:
         ends = time.monotonic() + self._request_s
+        embeddings = await self._encode_all(request, ends)
+        try:
+            async with asyncio.timeout(_left_s(ends)):
+                transfers = await self._hand_over.offer(embeddings)
+        except TimeoutError as error:
+            raise self._failed(
+                "room", "the embeddings could not be handed over in time: those before them have not been read"
+            ) from error
+        except OSError as error:
+            raise self._failed("room", f"the embeddings could not be handed over: {error.strerror or error}") from error
+        return request.answer([(one.grid, transfer) for one, transfer in zip(embeddings, transfers, strict=True)])
+
+    async def _encode_all(self, request: EncodeRequest, ends: float) -> list[Embedding]:
         tasks = [asyncio.create_task(self._encode(number, item, ends)) for number, item in enumerate(request.images, 1)]
         try:
             return list(await asyncio.gather(*tasks))
-        except BaseException:
+        finally:
             for task in tasks:
-                task.cancel()
+                task.cancel()  # nothing, where it is done
             await asyncio.gather(*tasks, return_exceptions=True)
-            for task in tasks:
-                if not task.cancelled() and task.exception() is None:
-                    await self._hand_over.withdraw(task.result()[1])
-            raise
 
-    async def _encode(self, number: int, item: Item, ends: float) -> tuple[Grid, Transfer]:
+    async def _encode(self, number: int, item: Item, ends: float) -> Embedding:
+        started = time.monotonic()
         try:
-            embedding = await self._fleet.encode(item, max(0.001, ends - time.monotonic()))
-            self._model.check(embedding)
-            async with asyncio.timeout(max(0.001, ends - time.monotonic())):
-                return embedding.grid, await self._hand_over.offer(embedding)
+            embedding = await self._right_embedding(item, ends)
         except EncodeError as error:
             if error.code in _THEIR_FAULT:
-                raise FailedError(f"image {number}: {error.message}") from error
-            raise FailedError(f"image {number} could not be encoded now, try again: {error.message}") from error
+                raise self._failed("image", f"image {number}: {error.message}") from error
+            why = f"image {number} could not be encoded now, try again: {error.message}"
+            raise self._failed("sidecars", why) from error
         except (ClientError, WrongEmbeddingError) as error:
-            logger.error("an embedding was refused: %s", error)
-            raise FailedError(f"image {number}: the encoder's answer was refused: {error}") from error
-        except TimeoutError as error:
-            logger.error("embeddings are not read as fast as they come: there was no room for one in time")
-            raise FailedError(f"image {number} could not be handed over in time, try again") from error
-        except OSError as error:
-            logger.error("an embedding could not be handed over: %s", error)
-            raise FailedError(f"image {number} could not be handed over: {error.strerror}") from error
+            raise self._failed("embedding", f"image {number}: the encoder's answer was refused: {error}") from error
+        self.tally.image_took(time.monotonic() - started)
+        return embedding
 
-    def _begin(self) -> None:
-        self.tally["requests"] += 1
-        self._under_way += 1
-        self._idle.clear()
+    def _failed(self, fault: str, why: str) -> FailedError:
+        self.tally.failures[fault] += 1
+        return FailedError(why)
 
-    def _end(self) -> None:
-        self._under_way -= 1
-        if not self._under_way:
-            self._idle.set()
+    async def _right_embedding(self, item: Item, ends: float) -> Embedding:
+        """Raises:
+        ClientError: if none could be had in time.
+        WrongEmbeddingError: if what came was wrong, again and again.
+        """
+        for wrong in range(1, _MOST_WRONG + 1):
+            embedding = await self._fleet.encode(item, _left_s(ends))
+            try:
+                self._model.check(embedding)
+                return embedding
+            except WrongEmbeddingError as error:
+                logger.error("an embedding of %s was refused: %s", embedding.lane.device, error)
+                if wrong == _MOST_WRONG:
+                    raise
+        raise AssertionError
 
 
-async def _first(
-    encoding: asyncio.Task[list[tuple[Grid, Transfer]]], gone: Callable[[], Awaitable[object]] | None
-) -> bool:
+def _left_s(ends: float) -> float:
+    return max(0.001, ends - time.monotonic())
+
+
+async def _ended_first(encoding: asyncio.Task[str], gone: Callable[[], Awaitable[object]] | None) -> bool:
     """Whether the encoding ended, one way or another, before its caller had gone; else it is cancelled."""
     leaving = asyncio.ensure_future(gone()) if gone is not None else None
     try:
