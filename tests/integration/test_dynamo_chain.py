@@ -194,7 +194,7 @@ def test_a_worker_is_replaced_under_load_and_no_request_fails(
         answers = load.stop()
     failed = [answer for answer in answers if not answer.ok]
     print(f"\na worker ended by SIGTERM under load: {len(answers)} requests, {len(failed)} failed", end="")
-    # In one of five runs Dynamo's router reset the stream that was under way in the very moment in which the worker left its list.
+    # In one of five runs Dynamo's router reset the stream that was under way in the moment the worker left its list.
     assert len(answers) > 20 and len(failed) <= 1
     log = (tmp_path / "first.log").read_text()
     assert "finishing what is under way" in log and "request completed" in log
