@@ -16,64 +16,30 @@ import math
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field
 
 import numpy as np
 
 from sidecar.engine.cost import NOTHING, CostModel, Work
 from sidecar.engine.fair_queue import FairQueue
+from sidecar.engine.known_good import KnownGood, blank
 from sidecar.engine.load_meter import LoadMeter
 from sidecar.engine.observer import Observer
 from sidecar.engine.status import LaneIdentity, LaneStatus
-from sidecar.engine.store import Draft, Entry
-from sidecar.errors import CannotFinish, EncoderError, LaneFault, ShuttingDown
+from sidecar.engine.store import Draft
+from sidecar.engine.ticket import LaneOut, Ran, Ticket, work_of
+from sidecar.errors import CannotFinish, LaneFault, ShuttingDown
 from sidecar.runtimes.base import Runtime
-from sidecar.vision.dtypes import Array, all_finite
-from sidecar.vision.grid import Grid
+from sidecar.vision.dtypes import all_finite
 from sidecar.vision.pixels import Patches
 from sidecar.vision.spec import TowerSpec
 
 logger = logging.getLogger(__name__)
 
-# Run once each before a lane is ready, the smallest first: a whole window, ragged ones, and sizes to fit the cost to.
-_WARM_UP_TOKENS = ((4, 4), (5, 6), (8, 8), (16, 16), (32, 32))
-_LEAST_WARM_UP = 3
 # Items share a run while its fixed cost is more than this part of it, by measure; and never more than so many, since eight
 # already save seven eighths of what sharing can, and each makes the others wait.
 _WORTHWHILE = 0.1
 _MOST_SHARED = 8
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 60.0
-
-
-class LaneOut(Exception):
-    """The lane went out of service before the item's turn came: another may take it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Ran:
-    """One item's rows, (tokens, width), where they are stored, and what it took."""
-
-    rows: Array
-    entry: Entry | None
-    queue_ms: float
-    run_ms: float
-    publish_ms: float
-
-
-@dataclass(slots=True, eq=False)
-class _Ticket:
-    """One item's place. `patches` is None once the caller has gone, so that what waits to be skipped takes no memory."""
-
-    patches: Patches | None
-    grid: Grid
-    client: str
-    deadline: Callable[[], float]
-    draft: Callable[[], Draft]
-    loop: asyncio.AbstractEventLoop
-    done: asyncio.Future[Ran]
-    work: Work
-    queued_at: float = field(default_factory=time.monotonic)
 
 
 class Lane:
@@ -90,10 +56,11 @@ class Lane:
         self.streams = runtime.streams
         self.runtime = runtime
         self._tower = tower
+        self._known_good = KnownGood(runtime, tower)
         self._batch_patches = batch_patches
         self._observer = observer or Observer()
         self._changed = threading.Condition()  # guards everything below
-        self._queue: FairQueue[_Ticket] = FairQueue()
+        self._queue: FairQueue[Ticket] = FairQueue()
         self._waiting = NOTHING
         self._running = NOTHING
         self._running_items = 0
@@ -128,7 +95,7 @@ class Lane:
         """
         loop = asyncio.get_running_loop()
         work = Work.of([patches.grid])
-        ticket = _Ticket(patches, patches.grid, client, deadline, draft, loop, loop.create_future(), work)
+        ticket = Ticket(patches, patches.grid, deadline, draft, loop, loop.create_future(), work)
         with self._changed:
             if self._closing:
                 raise ShuttingDown("this server is shutting down; send the item to another one")
@@ -177,21 +144,12 @@ class Lane:
             return self._meter.busy(time.monotonic())
 
     def warm_up(self, budget_s: float) -> None:
-        """Run items of growing size, so that the first caller does not pay for what a runtime sets up at first use and so that
-        the cost is known; larger ones only while the time lasts.
+        """Take the first runs of everything upon itself, and learn what they cost; larger ones only while the time lasts.
 
         Raises:
             RuntimeFault: if the runtime fails.
         """
-        started = time.monotonic()
-        for number, (token_h, token_w) in enumerate(_WARM_UP_TOKENS):
-            grid = self._grid(token_h, token_w)
-            work = Work.of([grid])
-            left_ms = (budget_s - (time.monotonic() - started)) * 1e3
-            if number >= _LEAST_WARM_UP and 2 * self.cost.ms(work) > left_ms:
-                break
-            self._known_good(grid)  # the first at a size is slower
-            self.cost.anchor(work, self._known_good(grid))
+        self._known_good.warm_up(self.cost, budget_s)
 
     def close(self, timeout_s: float | None = None) -> bool:
         """Take no more, finish what is queued, and end the threads. Returns whether that was done within `timeout_s`."""
@@ -239,7 +197,7 @@ class Lane:
             self._try_again()
         return run is not None
 
-    def _next_run(self) -> list[_Ticket] | None:
+    def _next_run(self) -> list[Ticket] | None:
         """What to run now, in fair order. Nothing of it: the lane is out of service and due for a try. None: it is over."""
         with self._changed:
             while True:
@@ -258,27 +216,27 @@ class Lane:
                 else:
                     self._changed.wait()
 
-    def _gather(self) -> list[_Ticket]:
-        run: list[_Ticket] = []
+    def _gather(self) -> list[Ticket]:
+        run: list[Ticket] = []
         while (ticket := self._queue.pop(lambda more: self._pays(run, more))) is not None:
-            total = _total(run)
+            total = work_of(run)
             self._waiting -= ticket.work
             if ticket.patches is None or ticket.done.cancelled():
                 continue
             if ticket.deadline() < time.monotonic() + self.cost.ms(total + ticket.work) / 1e3:
-                _answer(ticket, CannotFinish("the item's turn came too late for its deadline"))
+                ticket.answer(CannotFinish("the item's turn came too late for its deadline"))
                 continue
             run.append(ticket)
-        self._running += _total(run)
+        self._running += work_of(run)
         self._running_items += len(run)
         return run
 
-    def _pays(self, run: Sequence[_Ticket], more: _Ticket) -> bool:
+    def _pays(self, run: Sequence[Ticket], more: Ticket) -> bool:
         """Whether one more item in a run saves more by sharing its fixed cost than the others lose by waiting for it."""
         first = run[0].patches if run else None
         if first is None or more.patches is None:
             return True  # it is the first, or nobody wants it and it is skipped
-        together = _total(run) + more.work
+        together = work_of(run) + more.work
         return (
             len(run) < _MOST_SHARED
             and together.patches <= self._batch_patches
@@ -286,7 +244,7 @@ class Lane:
             and first.values.dtype == more.patches.values.dtype
         )
 
-    def _carry_out(self, run: list[_Ticket]) -> None:
+    def _carry_out(self, run: list[Ticket]) -> None:
         with self._changed:
             self._meter.begin(time.monotonic())
         try:
@@ -301,7 +259,7 @@ class Lane:
             else:
                 failed = run
             for ticket in failed:
-                _answer(ticket, self._fault())
+                ticket.answer(self._fault())
         finally:
             with self._changed:
                 self._meter.end(time.monotonic())
@@ -309,7 +267,7 @@ class Lane:
                     self._running -= ticket.work
                 self._running_items -= len(run)
 
-    def _attempt(self, run: list[_Ticket]) -> BaseException | None:
+    def _attempt(self, run: list[Ticket]) -> BaseException | None:
         """Run, and answer each item. Returns what the runtime threw, if it did."""
         try:
             self._run(run)
@@ -319,15 +277,15 @@ class Lane:
             with self._changed:
                 self._failures += 1
                 self._last_error = f"{type(error).__name__} on a run of {len(run)}"
-            self._tell(run[0], self._observer.run_failed, self.identity.name)
+            run[0].tell(self._observer.run_failed, self.identity.name)
             return error
         return None
 
-    def _run(self, run: list[_Ticket]) -> None:
+    def _run(self, run: list[Ticket]) -> None:
         started = time.monotonic()
         patches = [ticket.patches for ticket in run if ticket.patches is not None]
         if len(patches) < len(run):  # a caller has gone in this very moment
-            patches = [ticket.patches or _blank(ticket.grid, self._tower) for ticket in run]
+            patches = [ticket.patches or blank(ticket.grid, self._tower) for ticket in run]
         grids = [ticket.grid for ticket in run]
         drafts: list[Draft] = []
         try:
@@ -352,17 +310,17 @@ class Lane:
             for draft in drafts:
                 draft.discard()
 
-    def _deliver(self, ticket: _Ticket, draft: Draft, started: float, ran_at: float) -> None:
+    def _deliver(self, ticket: Ticket, draft: Draft, started: float, ran_at: float) -> None:
         begun = time.monotonic()
         if not all_finite(draft.rows, self.output_dtype):
-            _answer(
-                ticket, LaneFault("the embedding is not finite; the input or the artifact's precision is out of range")
+            ticket.answer(
+                LaneFault("the embedding is not finite; the input or the artifact's precision is out of range")
             )
             return
         entry = draft.publish(self.identity)
         took_ms = (time.monotonic() - begun) * 1e3
         queue_ms = (started - ticket.queued_at) * 1e3
-        _answer(ticket, Ran(draft.rows, entry, queue_ms, (ran_at - started) * 1e3, took_ms))
+        ticket.answer(Ran(draft.rows, entry, queue_ms, (ran_at - started) * 1e3, took_ms))
 
     def _fault(self) -> LaneFault:
         runtime = self.identity.runtime
@@ -370,7 +328,7 @@ class Lane:
 
     def _is_well(self) -> bool:
         try:
-            self._known_good(self._grid(*_WARM_UP_TOKENS[0]))
+            self._known_good.run()
         except BaseException:
             logger.exception("%s failed on an item that is known to be good", self.identity.name)
             return False
@@ -386,7 +344,7 @@ class Lane:
             self._waiting = NOTHING
             self._changed.notify_all()
         for ticket in left:
-            _answer(ticket, LaneOut())
+            ticket.answer(LaneOut())
 
     def _try_again(self) -> None:
         well = self._is_well()
@@ -399,8 +357,8 @@ class Lane:
                 self._pause_s = min(2 * self._pause_s, _LONGEST_PAUSE_S)
             self._changed.notify_all()
 
-    def _count(self, run: Sequence[_Ticket], started: float, ended: float) -> None:
-        work, run_ms = _total(run), (ended - started) * 1e3
+    def _count(self, run: Sequence[Ticket], started: float, ended: float) -> None:
+        work, run_ms = work_of(run), (ended - started) * 1e3
         with self._changed:
             # A pipelined run that began while another was computing cost the lane only what came after that one's end.
             begun = max(started, self._last_ended) if self.runtime.pipelined else started
@@ -409,41 +367,4 @@ class Lane:
             self._runs += 1
             self._items += len(run)
             self._patches += work.patches
-        self._tell(run[0], self._observer.run, self.identity.name, len(run), work.patches, run_ms)
-
-    def _tell(self, ticket: _Ticket, listener: Callable[..., None], *values: object) -> None:
-        with suppress(RuntimeError):  # the loop is closed
-            ticket.loop.call_soon_threadsafe(listener, *values)
-
-    def _known_good(self, grid: Grid) -> float:
-        """Run an item of this size; returns the milliseconds it took."""
-        blank = _blank(grid, self._tower)
-        started = time.monotonic()
-        self.runtime.encode(blank.values, [grid], self._tower)
-        return (time.monotonic() - started) * 1e3
-
-    def _grid(self, token_h: int, token_w: int) -> Grid:
-        merge = self._tower.spatial_merge_size
-        return Grid(1, token_h * merge, token_w * merge)
-
-
-def _total(run: Sequence[_Ticket]) -> Work:
-    return sum((ticket.work for ticket in run), NOTHING)
-
-
-def _blank(grid: Grid, tower: TowerSpec) -> Patches:
-    return Patches(np.zeros((grid.patches, tower.patch_width), np.uint8), grid)
-
-
-def _answer(ticket: _Ticket, result: Ran | EncoderError | LaneOut) -> None:
-    with suppress(RuntimeError):  # a loop that was closed has nobody left who waits
-        ticket.loop.call_soon_threadsafe(_resolve, ticket.done, result)
-
-
-def _resolve(done: asyncio.Future[Ran], result: Ran | EncoderError | LaneOut) -> None:
-    if done.done():
-        return
-    if isinstance(result, Ran):
-        done.set_result(result)
-    else:
-        done.set_exception(result)
+        run[0].tell(self._observer.run, self.identity.name, len(run), work.patches, run_ms)

@@ -9,8 +9,9 @@ from collections.abc import Awaitable, Callable, Sequence
 
 import numpy as np
 
-from sidecar.engine.lane import Lane, Ran
+from sidecar.engine.lane import Lane
 from sidecar.engine.store import Draft, loose_draft
+from sidecar.engine.ticket import Ran
 from sidecar.runtimes.base import Runtime
 from sidecar.store_file import Description
 from sidecar.vision.dtypes import Array, DType

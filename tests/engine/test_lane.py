@@ -15,7 +15,8 @@ import pytest
 from lanes import TOWER, FakeRuntime, draft, encode, entered, item, run
 
 from sidecar.engine.cost import Work
-from sidecar.engine.lane import Lane, LaneOut, Ran
+from sidecar.engine.lane import Lane
+from sidecar.engine.ticket import LaneOut, Ran
 from sidecar.errors import CannotFinish, LaneFault, ShuttingDown, fault_of
 from sidecar.runtimes.base import RuntimeFault
 from sidecar.vision.dtypes import Array, DType

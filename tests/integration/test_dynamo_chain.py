@@ -108,6 +108,8 @@ def test_answers_are_those_of_a_plain_vllm(chain: DynamoChain, toy_checkpoint: P
     apart = 0.0
     for request, ours, theirs in zip(requests, through_dynamo, by_itself, strict=True):
         assert ours.ok and theirs.ok and shown(ours) == shown(theirs), (request[0], ours, theirs)
+        # Plain vLLM keeps back half a character at the end; Dynamo's frontend tells it as U+FFFD.
+        assert ours.text.removesuffix("\ufffd") == theirs.text.removesuffix("\ufffd"), (request[0], ours, theirs)
         apart = max(apart, *(abs(a - b) for a, b in zip(ours.logprobs, theirs.logprobs, strict=True)))
     print(f"\n{len(requests)} answers through Dynamo: tokens equal, logprobs at most {apart:.1e} apart", end="")
     assert apart <= 1e-3
@@ -161,7 +163,7 @@ def test_no_file_is_left_after_a_thousand_images(chain: DynamoChain) -> None:
     print(
         f"\n1,000 images in 250 requests, {took_s:.0f} s: {most} files at the end of it, {left} a moment later", end=""
     )
-    assert not left
+    assert most and not left  # those of the last requests lay there, where this looks
 
 
 def test_two_unequal_sidecars_share_by_speed(chain: DynamoChain, sidecars: tuple[SlowSidecar, SlowSidecar]) -> None:
