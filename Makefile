@@ -16,7 +16,7 @@ READY := $(VENV)/.ready
 
 help:
 	@echo "make demo              a toy checkpoint becomes an artifact, is served, and encodes real photos"
-	@echo "make test              the tests, about 6 minutes"
+	@echo "make test              the tests, about 5 minutes"
 	@echo "make export MODEL=…    a checkpoint's vision tower becomes the artifact OUT=$(OUT)"
 	@echo "make serve MODEL=…     serve it; LISTEN=host:port DEVICE=… METRICS=host:port, further flags in ARGS='--precision int8 …'"
 	@echo "make test-browser      the status page in a real browser"
@@ -39,7 +39,7 @@ demo: $(READY)
 	$(BIN)/python -m bench.demo
 
 test: $(READY)
-	$(BIN)/python -m pytest -m 'not slow and not soak and not integration'
+	$(BIN)/python -m pytest -m 'not slow and not soak and not integration and not browser'
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow -s
@@ -57,7 +57,7 @@ test-integration: $(READY)
 # Debian's browser and its driver, where they are missing; elsewhere install chromium and chromedriver by hand.
 test-browser: $(READY)
 	command -v chromedriver >/dev/null || apt-get install --yes --no-install-recommends chromium chromium-driver
-	$(BIN)/python -m pytest tests/monitoring/test_status_page.py
+	$(BIN)/python -m pytest -m browser
 
 # transformers' other processor. Its torchvision is a CUDA build, so it lies beside the environment and not in it.
 test-torchvision: $(READY)

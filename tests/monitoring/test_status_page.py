@@ -17,7 +17,10 @@ from sidecar.engine.status import EngineStatus
 from sidecar.monitoring.metrics import Metrics
 from sidecar.monitoring.monitor import Monitor
 
-pytestmark = pytest.mark.skipif(not shutil.which("chromedriver"), reason="no chromedriver: make test-browser")
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(not shutil.which("chromedriver"), reason="no chromedriver: make test-browser"),
+]
 
 # Where pictures of the page are kept, for a look.
 PICTURES = os.environ.get("EPD_TEST_PICTURES")
