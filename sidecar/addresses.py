@@ -16,6 +16,7 @@ import socket
 from collections.abc import Sequence
 from contextlib import suppress
 
+_SOCKET = ("unix:", "unix-abstract:")
 _NAME_PREFIXES = ("dns:///", "dns:")
 _NUMBER_PREFIXES = ("ipv4:", "ipv6:")
 
@@ -47,7 +48,7 @@ class Addresses:
         entries = [entry for address in given for entry in _entries(address)]
         if not entries:
             raise AddressError("no address of a sidecar was given")
-        sockets = [entry for entry in entries if entry.startswith("unix")]
+        sockets = [entry for entry in entries if entry.startswith(_SOCKET)]
         if sockets and len(entries) > 1:
             raise AddressError(f"a list may hold host:port only, got {sockets[0]}")
         self._socket = sockets[0] if sockets else None
@@ -79,14 +80,14 @@ class Addresses:
 
 def target(found: Sequence[str]) -> str:
     """Addresses as `look_up` gives them as one target of gRPC's."""
-    if found[0].startswith("unix"):
+    if found[0].startswith(_SOCKET):
         return found[0]
     return f"{'ipv6' if found[0].startswith('[') else 'ipv4'}:{','.join(found)}"
 
 
 def _entries(address: str) -> list[str]:
     address = address.strip()
-    if address.startswith("unix"):
+    if address.startswith(_SOCKET):
         return [address]
     for prefix in _NAME_PREFIXES:
         if address.startswith(prefix):

@@ -10,6 +10,7 @@ them over TLS only, and a unix socket or a mesh that encrypts by itself needs to
 from __future__ import annotations
 
 import re
+import ssl
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -41,9 +42,9 @@ def client_credentials(
     """
     if (cert is None) != (key is None):
         raise CredentialsError("--tls-cert and --tls-key go together; one of them is missing")
-    credentials = grpc.ssl_channel_credentials(
-        _read(ca, "--tls-ca"), private_key=_read(key, "--tls-key"), certificate_chain=_read(cert, "--tls-cert")
-    )
+    authorities, certificate, secret = _read(ca, "--tls-ca"), _read(cert, "--tls-cert"), _read(key, "--tls-key")
+    _check_pem(authorities, certificate, secret)
+    credentials = grpc.ssl_channel_credentials(authorities, private_key=secret, certificate_chain=certificate)
     if token is None:
         return credentials
     check_token(token)
@@ -118,6 +119,22 @@ def _read(path: Path | None, flag: str) -> bytes | None:
         return path.read_bytes()
     except OSError as error:
         raise CredentialsError(f"{flag}: {path} cannot be read: {_reason(error)}") from error
+
+
+def _check_pem(authorities: bytes | None, certificate: bytes | None, key: bytes | None) -> None:
+    """gRPC would try again for ever with what is no PEM, and say so in its own log alone."""
+    for content, flag, what in (
+        (authorities, "--tls-ca", b"CERTIFICATE"),
+        (certificate, "--tls-cert", b"CERTIFICATE"),
+        (key, "--tls-key", b"PRIVATE KEY"),
+    ):
+        if content is not None and not re.search(rb"-----BEGIN [A-Z ]*" + what + rb"-----", content):
+            raise CredentialsError(f"{flag}: the file holds no {what.decode().lower()} in PEM")
+    if authorities is not None:
+        try:
+            ssl.create_default_context(cadata=authorities.decode("ascii", "replace"))
+        except ssl.SSLError as error:
+            raise CredentialsError("--tls-ca: the file holds a certificate that cannot be read") from error
 
 
 def _reason(error: Exception) -> str:

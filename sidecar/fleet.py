@@ -85,6 +85,7 @@ class Fleet:
         timeout_s: float,
         *,
         unreachable_s: float | None = None,
+        check: Callable[[Embedding], None] = lambda embedding: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> Embedding:
         """One item's embedding, inline, from whichever sidecar takes it.
@@ -92,12 +93,14 @@ class Fleet:
         Args:
             timeout_s: for all of it, waiting and asking again included.
             unreachable_s: how long that may go on while all are UNAVAILABLE; None: all of it.
+            check: raises a ClientError for an embedding that will not do. Its sidecar has refused the item then, as far as this
+                round goes, and another is asked.
 
         Raises:
             EncodeError: the item is at fault; or it could not be had in time, with what was said last.
-            ProtocolError: sidecars answered, and none of the answers is to be trusted.
+            ClientError: sidecars answered, and none of the answers is to be trusted.
         """
-        errand = Errand(timeout_s, unreachable_s, clock)
+        errand = Errand(timeout_s, unreachable_s, clock, check)
         while True:
             if (embedding := await self._go_round(item, errand)) is not None:
                 return embedding
@@ -192,8 +195,13 @@ class Fleet:
             for each in self._single.values():  # which of them it was is not known
                 each.server = None
         if isinstance(outcome, Embedding):
-            self._resting.pop(server, None)
-            return outcome
+            try:
+                errand.check(outcome)
+            except ClientError as error:
+                outcome = error
+            else:
+                self._resting.pop(server, None)
+                return outcome
         self._refused(outcome.code if isinstance(outcome, EncodeError) else "PROTOCOL")
         if server and isinstance(outcome, EncodeError) and outcome.retry_delay_s is not None:
             self._resting[server] = time.monotonic() + outcome.retry_delay_s

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from google.rpc import error_details_pb2
 
-from sidecar.replies import ClientError, EncodeError, RequestTooLargeError
+from sidecar.replies import ClientError, Embedding, EncodeError, RequestTooLargeError
 
 _FIRST_PAUSE_S, _LAST_PAUSE_S = 0.05, 1.0
 # Those who were told the same time do not all come back in one moment.
@@ -24,16 +24,25 @@ _UNREACHABLE_URL = "URL_UNREACHABLE"
 class Errand:
     """
     Attributes:
+        check: raises a ClientError for an embedding that will not do.
         lost: the last ask ended with its connection, or found none: no sidecar has refused.
     """
 
-    def __init__(self, timeout_s: float, unreachable_s: float | None, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        timeout_s: float,
+        unreachable_s: float | None,
+        clock: Callable[[], float],
+        check: Callable[[Embedding], None] = lambda embedding: None,
+    ) -> None:
+        self.check = check
         self.lost = False
         self._clock = clock
         self._ends = clock() + timeout_s
         self._unreachable_s = timeout_s if unreachable_s is None else unreachable_s
         self._unreachable_since: float | None = None
         self._faults = 0
+        self._untrusted: set[str] = set()
         self._pause_s = _FIRST_PAUSE_S
         self.begin_round()
 
@@ -43,6 +52,7 @@ class Errand:
     def begin_round(self) -> None:
         self._round_began = self._clock()
         self._refused_by: set[str] = set()
+        self._again = False
         self._failures: list[ClientError] = []
         self._back_in: list[float] = []
 
@@ -56,9 +66,12 @@ class Errand:
         code = failure.code if isinstance(failure, EncodeError) else "DATA_LOSS"
         if code not in _PASSING or isinstance(failure, RequestTooLargeError):
             raise failure
-        self._faults += code in _FAULTS or _UNREACHABLE_URL in reasons
-        if self._faults >= _MOST_FAULTS:
-            raise failure
+        if server and not isinstance(failure, EncodeError):
+            # One that is picked again, for its rate, is no new fault as long as another may take the item.
+            self._again |= server in self._untrusted
+            self._untrusted.add(server)
+        if not self._again and (code in _FAULTS or _UNREACHABLE_URL in reasons):
+            self._count_fault(failure)
         self.lost = code == "UNAVAILABLE" and not _details(failure)
         self._failures.append(failure)
         if server:
@@ -71,8 +84,13 @@ class Errand:
         self._back_in.append(seconds)
 
     def was_refused_by(self, server: str) -> bool:
-        """In this round."""
-        return server in self._refused_by
+        """In this round, or with an answer that could not be trusted in any."""
+        return server in self._refused_by or server in self._untrusted
+
+    def _count_fault(self, failure: ClientError) -> None:
+        self._faults += 1
+        if self._faults >= _MOST_FAULTS:
+            raise failure
 
     async def wait(self) -> None:
         """All have refused: sleep until one wants to be asked again.
@@ -80,9 +98,16 @@ class Errand:
         Raises:
             ClientError: what was said, if the time is over by then.
         """
+        if (
+            self._again
+            and not self._back_in
+            and not any(isinstance(failure, EncodeError) for failure in self._failures)
+        ):
+            self._count_fault(self._failures[-1])
         codes = {failure.code if isinstance(failure, EncodeError) else "" for failure in self._failures}
         said = [failure for failure in self._failures if _details(failure)] or self._failures
-        wait_s = min(self._back_in, default=self._pause_s) * random.uniform(1, 1 + _SPREAD)
+        # Whoever says "at once" and refuses again is not to be asked a thousand times a second.
+        wait_s = max(self._pause_s, min(self._back_in, default=0.0)) * random.uniform(1, 1 + _SPREAD)
         self._pause_s = min(2 * self._pause_s, _LAST_PAUSE_S)
         last = self._ends
         if codes != {"UNAVAILABLE"}:

@@ -6,8 +6,8 @@ A way carries one item at a time of asking and says who answered. What follows f
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -65,27 +65,19 @@ class Way:
 
     async def ask(self, item: Item, timeout_s: float) -> tuple[Embedding | ClientError, str]:
         """An item's embedding, or why there is none; and which server says so, empty if none did."""
-        if self._is_closing():
-            return EncodeError("UNAVAILABLE", "this sidecar is not among those addressed any more"), ""
-        self._under_way += 1
         try:
-            outcome, server = await self._ask(item, timeout_s)
-            self.server = server or (None if isinstance(outcome, EncodeError) and not outcome.details else "")
-            return outcome, server
-        except asyncio.CancelledError:
-            task = asyncio.current_task()
-            if not self._is_closing() or (task is not None and task.cancelling()):
-                raise
-            return EncodeError("CANCELLED", "the fleet was closed while the item was under way"), ""
-        finally:
-            self._under_way -= 1
-            self._close_if_idle()
+            with self._used():
+                outcome, server = await self._ask(item, timeout_s)
+        except EncodeError as error:
+            return error, ""
+        self.server = server or (None if isinstance(outcome, EncodeError) and not outcome.details else "")
+        return outcome, server
 
     async def info(self, timeout_s: float) -> encoder_pb2.InfoResponse:
         """Raises:
         EncodeError: if the call failed.
         """
-        with own_errors():
+        with self._used(), own_errors():
             call = self._stub.Info(encoder_pb2.InfoRequest(), timeout=timeout_s, metadata=self._access.metadata)
             answer = cast(encoder_pb2.InfoResponse, await call)
             self.server = _server_of(await call.trailing_metadata())
@@ -125,6 +117,27 @@ class Way:
             call.cancel()
         (outcome,) = outcomes
         return outcome if isinstance(outcome, Embedding) else outcome.as_exception(), server
+
+    @contextmanager
+    def _used(self) -> Iterator[None]:
+        """Not to be closed meanwhile by its retirement.
+
+        Raises:
+            EncodeError: UNAVAILABLE if it is retired already; CANCELLED if the fleet is closed meanwhile.
+        """
+        if self._is_closing():
+            raise EncodeError("UNAVAILABLE", "this sidecar is not among those addressed any more")
+        self._under_way += 1
+        try:
+            yield
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if not self._is_closing() or (task is not None and task.cancelling()):
+                raise
+            raise EncodeError("CANCELLED", "the fleet was closed meanwhile") from None
+        finally:
+            self._under_way -= 1
+            self._close_if_idle()
 
     def _is_closing(self) -> bool:
         return self._closing is not None

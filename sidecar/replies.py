@@ -287,6 +287,8 @@ def _announced(index: int, header: encoder_pb2.Embedding, max_bytes: int) -> Des
     grid, dtype = _grid(header.grid), _DTYPES.get(header.dtype)
     if dtype is None:
         raise ProtocolError(f"item {index}: an embedding of unknown dtype {header.dtype}")
+    if dtype is DType.UINT8:
+        raise ProtocolError(f"item {index}: an embedding of dtype uint8, which is for pixels")
     if min(*grid, header.tokens, header.width) < 1:
         raise ProtocolError(
             f"item {index}: grid {tuple(grid)}, {header.tokens} tokens of {header.width}: none of these may be 0"

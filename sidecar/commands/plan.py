@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import http.client
 import json
 import math
 import urllib.error
@@ -65,7 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
         print_error(str(error))
         return BAD_ARGUMENTS
     except OSError as error:
-        print_error(f"{error.filename}: {error.strerror or error}")
+        print_error(": ".join(map(str, filter(None, (error.filename, error.strerror or error)))))
         return BAD_ARGUMENTS
     except KeyboardInterrupt:
         print_error("interrupted")
@@ -205,7 +206,7 @@ def _status(url: str) -> dict[str, object]:
     except OSError as error:
         reason = error.reason if isinstance(error, urllib.error.URLError) else error
         raise CostsError(f"no status page answers at {url}: {reason}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError, http.client.HTTPException) as error:
         raise CostsError(
             f"{url}: not a sidecar's status page; give what --metrics-listen of the sidecar says"
         ) from error

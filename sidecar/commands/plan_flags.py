@@ -18,7 +18,8 @@ from sidecar.plan.sidecar import Limits
 
 _DEFAULT_SIZES = {Size(448, 448): 1.0}
 _DEFAULT_REQUESTS = 10_000
-_MOST_CPUS = 256
+_MOST_SIDECARS = 256  # of each kind
+_MOST_PICTURES = 5_000_000
 _DEFAULT_CPUS = range(9)
 _DEFAULT_MEASURE_S = 20.0
 
@@ -51,6 +52,10 @@ def check(arguments: argparse.Namespace) -> None:
         raise ValueError("--burst and --every must be given together")
     if not arguments.gpus and not max(cpus_of(arguments)):
         raise ValueError("neither GPUs nor CPUs: give --gpus or --cpus")
+    if (items := arguments.requests * arguments.items_per_request) > _MOST_PICTURES and not arguments.trace:
+        raise ValueError(f"{items} pictures are more than {_MOST_PICTURES}: fewer --requests say as much")
+    if arguments.gpus > _MOST_SIDECARS:
+        raise ValueError(f"--gpus must be at most {_MOST_SIDECARS}, got {arguments.gpus}")
     for target in (arguments.plot, arguments.save_costs):
         if target is not None and not target.parent.is_dir():
             raise ValueError(f"{target}: there is no directory {target.parent}")
@@ -88,8 +93,8 @@ def counts(text: str) -> range:
     """
     found = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", text)
     first, last = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
-    if first > last or last > _MOST_CPUS:
-        raise ValueError(f"{text!r}: write how many as 3, or from and to as 0-8, at most {_MOST_CPUS}")
+    if first > last or last > _MOST_SIDECARS:
+        raise ValueError(f"{text!r}: write how many as 3, or from and to as 0-8, at most {_MOST_SIDECARS}")
     return range(first, last + 1)
 
 

@@ -37,6 +37,8 @@ _ITS_OWN_FAULT = (InvalidItem, PixelError, GridError, CannotFinish, UrlUnreachab
 _DECODED_PIXELS_A_PATCH = 4096
 # So many times a limit is where clients that have nothing under way are refused too.
 _NEWCOMERS = 2
+# Where nothing tells how long it will take until there is room, as while items are still being opened.
+_LEAST_PAUSE_S = 0.1
 _NO_TIME = StageTimes()
 
 
@@ -182,7 +184,7 @@ class Scheduler:
         if len(self._jobs) >= most:
             raise Overloaded(
                 f"{len(self._jobs)} items are waiting, which is the limit",
-                retry_after_s=self._lanes.wait_s(self._turns.accepted, 1),
+                retry_after_s=max(_LEAST_PAUSE_S, self._lanes.wait_s(self._turns.accepted, 1)),
             )
         job = _Job(order, order.deadline, order.client)
         self._clients[job.client] += 1

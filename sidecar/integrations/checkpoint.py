@@ -42,13 +42,20 @@ def pixel_spec(directory: Path) -> PixelSpec:
     return PixelSpec.from_config(image or {}, video)
 
 
+def tower_spec(directory: Path) -> TowerSpec:
+    """Raises:
+    OSError, ValueError, KeyError: if there is no configuration of such a tower.
+    """
+    return TowerSpec.from_config(json.loads((directory / "config.json").read_text(encoding="utf-8")))
+
+
 def checkpoint_fingerprint(directory: Path, pixels: PixelSpec) -> str:
     """As export computes it.
 
     Raises:
         OSError, ValueError, KeyError: if the vision tensors cannot be read, or are no floats.
     """
-    tower = TowerSpec.from_config(json.loads((directory / "config.json").read_text(encoding="utf-8")))
+    tower = tower_spec(directory)
     index = directory / _INDEX
     shards = {_SINGLE}
     if index.is_file():

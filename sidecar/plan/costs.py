@@ -124,7 +124,10 @@ class Costs:
             )
         if self.streams < 1:
             raise CostsError(f"{self.name}: streams must be at least 1, got {self.streams}")
-        if not all(ratios and all(0 < ratio < math.inf for ratio in ratios) for ratios in self.spread.values()):
+        if not all(
+            patches > 0 and ratios and all(0 < ratio < math.inf for ratio in ratios)
+            for patches, ratios in self.spread.items()
+        ):
             raise CostsError(f"{self.name}: spread must be ratios above 0 for each number of patches")
 
     @cached_property
@@ -234,7 +237,7 @@ def parse(text: str, where: str) -> list[Costs]:
         costs = [_parsed(entry) for entry in json.loads(text)["costs"]]
     except CostsError as error:
         raise CostsError(f"{where}: {error}") from error
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RecursionError) as error:
         raise CostsError(f"{where}: not a file of costs; `plan --save-costs` writes one") from error
     if not costs:
         raise CostsError(f"{where}: no costs in it")
@@ -243,6 +246,8 @@ def parse(text: str, where: str) -> list[Costs]:
 
 def _parsed(entry: dict[str, Any]) -> Costs:
     values = dict(entry)
+    if not all(isinstance(values[part], str) for part in ("name", "source")):
+        raise CostsError("name and source must be texts")
     if (samples := values.pop("samples", None)) is not None:
         values["run"] = asdict(Run.fitted([(Work(patches, float(patches) ** 2), ms) for patches, ms in samples]))
         curve = Run(**values["run"])
@@ -255,6 +260,6 @@ def _parsed(entry: dict[str, Any]) -> Costs:
 
 def _figures(values: dict[str, Any]) -> dict[str, float]:
     for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
-            raise CostsError(f"{name} must be at least 0, got {value!r}")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < _LONGEST_MS:
+            raise CostsError(f"{name} must be at least 0 and below a day, got {value!r}")
     return values

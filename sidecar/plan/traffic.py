@@ -21,6 +21,9 @@ from sidecar.vision.spec import PixelSpec
 # Qwen2.5-VL's, where no model says otherwise.
 RULES = PatchRules(14, 2, PixelSpec().min_pixels, PixelSpec().max_pixels)
 
+# Whatever the beginning is, a date too; and what no picture has.
+_LATEST_S, _MOST = 1e12, 1 << 31
+
 
 class TrafficError(ValueError):
     """There is no such traffic."""
@@ -128,7 +131,7 @@ def recorded(path: Path, rules: PatchRules = RULES) -> Traffic:
             continue
         try:
             found.append(_entry(line, number, rules))
-        except (TrafficError, ValueError, TypeError) as error:
+        except (TrafficError, ValueError, TypeError, OverflowError) as error:
             raise TrafficError(f"{path}, line {number}: {error}") from error
     if len(found) < 2:
         raise TrafficError(f"{path}: a trace must have two items at least, got {len(found)}")
@@ -158,7 +161,7 @@ def _json_rows(path: Path, lines: Iterable[str]) -> Iterator[tuple[int, dict[str
     for number, text in enumerate(lines, 1):
         try:
             line = json.loads(text) if text.strip() else {}
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise TrafficError(
                 f"{path}, line {number}: no JSON; a trace is .csv, or a line of JSON for each item"
             ) from error
@@ -173,8 +176,8 @@ def _entry(line: Mapping[str, Any], number: int, rules: PatchRules) -> tuple[flo
     if line.get("time_s") in (None, ""):
         raise TrafficError("time_s is missing: seconds since any beginning")
     at_s = float(line["time_s"])
-    if not math.isfinite(at_s):
-        raise TrafficError(f"time_s must be a number, got {line['time_s']}")
+    if not abs(at_s) < _LATEST_S:
+        raise TrafficError(f"time_s must be a number of seconds, got {line['time_s']}")
     request = line.get("request")
     name = ("", number) if request in (None, "") else str(request)
     return at_s, name, _picture(line, rules)
@@ -195,6 +198,6 @@ def _whole(line: Mapping[str, Any], name: str) -> int | None:
     if value in (None, ""):
         return None
     number = int(value)
-    if number < 1:
-        raise TrafficError(f"{name} must be at least 1, got {value}")
+    if not 1 <= number < _MOST:
+        raise TrafficError(f"{name} must be at least 1 and below {_MOST}, got {str(value)[:40]}")
     return number

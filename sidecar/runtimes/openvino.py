@@ -53,9 +53,9 @@ class OpenVinoRuntime(Runtime):
             self._requests: queue.SimpleQueue[ov.InferRequest] = queue.SimpleQueue()
             for _ in range(self.streams):
                 self._requests.put(compiled.create_infer_request())
+            self.device = describe_device(core, compiled, load.precision)
         except (RuntimeError, KeyError) as error:
             raise RuntimeFault(f"OpenVINO could not load {load.graph.name} on {load.device}: {error}") from error
-        self.device = describe_device(core, compiled, load.precision)
         self._inputs = [port.any_name for port in compiled.inputs]
 
     def run(self, patches: Array, grids: Sequence[Grid], out: Array) -> None:
@@ -109,11 +109,14 @@ def describe_device(core: ov.Core, compiled: ov.CompiledModel, precision: str) -
     """The device that will run, its name and the precision it really took, as the compiled model reports them."""
     devices = ",".join(compiled.get_property("EXECUTION_DEVICES"))
     name = core.get_property(devices.split(",")[0], "FULL_DEVICE_NAME").strip()
-    threads = compiled.get_property("INFERENCE_NUM_THREADS")
+    known = compiled.get_property("SUPPORTED_PROPERTIES")
+    threads = ""
+    if "INFERENCE_NUM_THREADS" in known:  # GPUs have none
+        threads = f"{compiled.get_property('INFERENCE_NUM_THREADS')} threads, "
     arithmetic = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
     if precision == "int8":
         arithmetic = f"int8 weights, rest {arithmetic}"
-    return f"{devices} ({name}, {threads} threads, {arithmetic})"
+    return f"{devices} ({name}, {threads}{arithmetic})"
 
 
 def graph_files(graph: Path) -> tuple[Path, Path]:

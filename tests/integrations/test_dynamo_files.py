@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import mmap
 import threading
 import time
 from collections.abc import Awaitable, Callable
@@ -110,7 +112,7 @@ def test_requests_of_several_images_do_not_wait_for_one_another_for_ever(tmp_pat
         # Room for four; one after the other has room for all of its three.
         await asyncio.gather(*(request() for _ in range(4)))
 
-    run(test, tmp_path, capacity=4 * VALUES.nbytes)
+    run(test, tmp_path, capacity=4 * mmap.PAGESIZE)
 
 
 def test_a_caller_who_leaves_while_it_is_written_leaves_nothing(
@@ -132,7 +134,7 @@ def test_a_caller_who_leaves_while_it_is_written_leaves_nothing(
             adding.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await adding
-            assert files.bytes == VALUES.nbytes  # the thread is at it still
+            assert files.bytes == mmap.PAGESIZE  # the thread is at it still
             go_on.set()
             while files.bytes:
                 await asyncio.sleep(0.01)
@@ -156,7 +158,7 @@ def test_one_who_no_longer_waits_for_room_does_not_hold_up_the_next(tmp_path: Pa
 def test_no_more_is_promised_than_the_file_system_has(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    system = SimpleNamespace(f_bavail=2 * VALUES.nbytes, f_frsize=1)
+    system = SimpleNamespace(f_bavail=2, f_frsize=mmap.PAGESIZE)
     monkeypatch.setattr(local_files.os, "statvfs", lambda _: system)
 
     async def test(files: LocalFiles) -> None:
@@ -189,6 +191,36 @@ def test_a_file_system_that_is_full_is_an_error_and_leaves_nothing(
         await add(files)
 
     run(test, tmp_path, capacity=VALUES.nbytes)
+
+
+def test_while_others_fill_the_file_system_it_waits_for_its_own_files_to_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, full = local_files._write, True
+
+    def may_be_full(path: Path, values: Array, dtype: DType) -> None:
+        if full:
+            path.write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(path, values, dtype)
+
+    async def test(files: LocalFiles) -> None:
+        nonlocal full
+        full = False
+        first = await add(files)
+        monkeypatch.setattr(local_files, "_write", may_be_full)
+        full = True
+        second, third = asyncio.create_task(add(files)), asyncio.create_task(add(files))
+        await asyncio.sleep(0.1)
+        assert not second.done() and list(files.path.glob("*.safetensors")) == [first]
+        third.cancel()
+        full = False
+        load_file(first)
+        assert (await second).exists()
+        await gone(first)
+        assert files.bytes == mmap.PAGESIZE
+
+    run(test, tmp_path)
 
 
 def test_the_end_waits_for_readers_and_not_for_ever(tmp_path: Path) -> None:

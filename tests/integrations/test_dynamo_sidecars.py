@@ -19,7 +19,8 @@ NOBODY = EncodeError("UNAVAILABLE", "connection refused")
 
 def info(fingerprint: str, *devices: str) -> encoder_pb2.InfoResponse:
     lanes = [encoder_pb2.Lane(runtime="openvino", device=device) for device in devices]
-    return encoder_pb2.InfoResponse(fingerprint=fingerprint, lanes=lanes)
+    tower = encoder_pb2.TowerSpec(out_hidden_size=8, spatial_merge_size=2)
+    return encoder_pb2.InfoResponse(fingerprint=fingerprint, lanes=lanes, tower=tower)
 
 
 class FakeFleet:

@@ -14,27 +14,30 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from sidecar.integrations.dynamo.images import Bounds
 from sidecar.integrations.dynamo.metrics import Gauge
-from sidecar.integrations.dynamo.model import MismatchError, Model
+from sidecar.integrations.dynamo.model import MismatchError, Model, WrongEmbeddingError
 from sidecar.integrations.dynamo.protocol import Transfer
 from sidecar.integrations.dynamo.worker import FailedError, Worker
 from sidecar.items import Item
 from sidecar.pb import encoder_pb2
-from sidecar.replies import Embedding, EncodeError, Lane, ProtocolError, StageTimes
+from sidecar.replies import ClientError, Embedding, EncodeError, Lane, ProtocolError, StageTimes
 from sidecar.vision.dtypes import DType
 from sidecar.vision.grid import Grid
 
 MODEL = "f" * 64
+GRID = Grid(1, 4, 4)
 
 
-def info(fingerprint: str = MODEL) -> encoder_pb2.InfoResponse:
-    tower = encoder_pb2.TowerSpec(out_hidden_size=8, spatial_merge_size=2)
+def info(fingerprint: str = MODEL, width: int = 8, merge: int = 2) -> encoder_pb2.InfoResponse:
+    tower = encoder_pb2.TowerSpec(out_hidden_size=width, spatial_merge_size=merge)
     return encoder_pb2.InfoResponse(fingerprint=fingerprint, tower=tower)
 
 
-def embedding(rows: int = 4, width: int = 8, fingerprint: str = MODEL, value: float = 1.0) -> Embedding:
+def embedding(
+    rows: int = 4, width: int = 8, fingerprint: str = MODEL, value: float = 1.0, grid: Grid = GRID
+) -> Embedding:
     return Embedding(
         key="k",
-        grid=Grid(1, 4, 4),
+        grid=grid,
         dtype=DType.FLOAT32,
         data=np.full((rows, width), value, np.float32),
         fingerprint=fingerprint,
@@ -48,7 +51,7 @@ def embedding(rows: int = 4, width: int = 8, fingerprint: str = MODEL, value: fl
 
 
 class FakeFleet:
-    """Answers each image by its content; from a list, one after another."""
+    """Answers each image by its content; from a list, one after another, as long as what it gives will not do."""
 
     def __init__(self, answers: dict[bytes, Any]) -> None:
         self._answers = answers
@@ -56,18 +59,28 @@ class FakeFleet:
         self.asked = 0
         self.left = 0
 
-    async def encode(self, item: Item, timeout_s: float) -> Embedding:
+    async def encode(self, item: Item, timeout_s: float, *, check: Callable[[Embedding], None]) -> Embedding:
+        answer = self._answers.get(item.image, embedding())
+        for one in answer if isinstance(answer, list) else [answer]:
+            failure: ClientError | None = None
+            try:
+                check(found := await self._one(one))
+                return found
+            except WrongEmbeddingError as error:
+                failure = error
+        assert failure is not None
+        raise failure
+
+    async def _one(self, answer: Any) -> Embedding:
         self.asked += 1
         try:
             await self.gate.wait()
         except asyncio.CancelledError:
             self.left += 1
             raise
-        answer = self._answers.get(item.image, embedding())
-        if isinstance(answer, list):
-            answer = answer.pop(0)
         if isinstance(answer, Exception):
             raise answer
+        assert isinstance(answer, Embedding)
         return answer
 
 
@@ -137,8 +150,9 @@ def test_all_images_are_asked_for_before_any_has_come() -> None:
         (embedding(width=16), "its shape is"),
         (embedding(fingerprint="0" * 64), "it is of the model 0000000000000000…, prefill's is ffffffffffffffff…"),
         (embedding(value=float("nan")), "not finite"),
+        (embedding(rows=8, grid=Grid(2, 4, 4)), "is a video's"),
     ],
-    ids=["bad image", "no sidecar", "contract", "a row short", "width", "other model", "NaN"],
+    ids=["bad image", "no sidecar", "contract", "a row short", "width", "other model", "NaN", "video"],
 )
 def test_one_that_is_wrong_fails_the_request_with_its_number_and_nothing_is_handed_over(
     wrong: Embedding | Exception, said: str
@@ -152,6 +166,17 @@ def test_one_that_is_wrong_fails_the_request_with_its_number_and_nothing_is_hand
         assert await worker.answer(request(b"right"), "r")
 
     run({b"wrong": wrong}, test)
+
+
+def test_a_request_of_very_many_images_does_not_ask_for_all_at_once() -> None:
+    async def test(worker: Worker, fleet: FakeFleet, hand_over: FakeHandOver) -> None:
+        asking = asyncio.create_task(worker.answer(request(*(b"%d" % number for number in range(200))), "r"))
+        await asyncio.sleep(0.1)
+        assert fleet.asked == 32
+        fleet.gate.set()
+        assert len(json.loads(await asking or "")["multimodal_inputs"]) == hand_over.offered == 200
+
+    run({}, test)
 
 
 def test_a_wrong_embedding_is_asked_for_again(caplog: pytest.LogCaptureFixture) -> None:
@@ -209,6 +234,20 @@ def test_a_sidecar_of_another_model_is_not_the_one() -> None:
     assert first.fingerprint == MODEL
     with pytest.raises(MismatchError, match="the others serve"):
         first.meet(info("0" * 64))
+
+
+@pytest.mark.parametrize(("width", "merge"), [(16, 2), (8, 4), (8, 0)])
+def test_what_embeddings_look_like_is_not_learnt_anew(width: int, merge: int) -> None:
+    model = Model(MODEL, proven=True, shape=(8, 2))
+    with pytest.raises(
+        MismatchError, match=f"are {width} wide and merge {merge}×{merge} patches, this model's 8 and 2"
+    ):
+        model.meet(info(width=width, merge=merge))
+    model.meet(info())
+    model.check(embedding())
+    if not merge:
+        with pytest.raises(MismatchError, match="which cannot be"):
+            Model().meet(info(width=width, merge=merge))
 
 
 def test_metrics_are_in_prometheus_text_format() -> None:

@@ -20,7 +20,7 @@ from servers import Server, StartServer
 from slow_sidecar import SlowSidecar, start
 
 from sidecar import fleet as fleet_module
-from sidecar.client import AsyncEncoderClient, Embedding, EncodeError, ProtocolError
+from sidecar.client import AsyncEncoderClient, ClientError, Embedding, EncodeError, ProtocolError
 from sidecar.credentials import client_credentials
 from sidecar.errors import Overloaded, fault_of
 from sidecar.fleet import AddressError, Fleet
@@ -37,11 +37,12 @@ _numbers = itertools.count()
 
 
 class NamedSidecar(FaultySidecar):
-    """Says who it is, as real ones do. While it is `full`, it takes nothing and wants to be asked again after a minute."""
+    """Says who it is, as real ones do. While it is `full`, it takes nothing and wants to be asked again after `rest_s`."""
 
     def __init__(self, upstream: str, name: str) -> None:
         self._who = (("epd-server", name),)
         self.full = False
+        self.rest_s = LONG_S
         super().__init__(upstream)
 
     def Info(self, request: pb.InfoRequest, context: grpc.ServicerContext) -> pb.InfoResponse:
@@ -52,7 +53,7 @@ class NamedSidecar(FaultySidecar):
         context.set_trailing_metadata(self._who)
         if self.full:
             self.calls.append("Encode")
-            return iter([pb.EncodeResponse(error=fault_of(Overloaded("full", LONG_S)).status())])
+            return iter([pb.EncodeResponse(error=fault_of(Overloaded("full", self.rest_s)).status())])
         return super().Encode(request, context)
 
     @property
@@ -220,6 +221,80 @@ def test_an_answer_that_breaks_the_contract_is_had_elsewhere(three: list[NamedSi
                 await fleet.encode(item(), LONG_S)
 
     run(go())
+
+
+def test_one_that_will_not_do_is_not_asked_again_while_another_may_take_it(three: list[NamedSidecar]) -> None:
+    """One of them serves another model; gRPC's own choice may fall on it in each round, however busy the right one is."""
+    wrong, right = three[:2]
+    wrong.always = Fault.OTHER_FINGERPRINT
+
+    class OtherModelError(ClientError):
+        pass
+
+    async def go() -> None:
+        async with Fleet(addresses([wrong, right])) as fleet:
+            ours = (await fleet.infos(LONG_S))[right.address.replace("localhost", "127.0.0.1")].fingerprint
+
+            def check(embedding: Embedding) -> None:
+                if embedding.fingerprint != ours:
+                    raise OtherModelError
+
+            right.full, right.rest_s = True, 0.01
+            asking = [asyncio.create_task(fleet.encode(item(), LONG_S, check=check)) for _ in range(20)]
+            while right.asked < 40:
+                await asyncio.sleep(0.01)
+            right.full = False
+            assert {embedding.fingerprint for embedding in await asyncio.gather(*asking)} == {ours}
+            assert wrong.asked >= 20
+        async with Fleet(addresses([wrong])) as fleet:
+            wrong.calls.clear()
+            with pytest.raises(OtherModelError):
+                await fleet.encode(item(), LONG_S, check=check)
+            assert wrong.asked == 3
+
+    run(go())
+
+
+def test_who_wants_to_be_asked_again_at_once_is_not_asked_a_thousand_times(three: list[NamedSidecar]) -> None:
+    for sidecar in three:
+        sidecar.full, sidecar.rest_s = True, 0.0
+
+    async def go() -> None:
+        async with Fleet(addresses(three)) as fleet:
+            with pytest.raises(EncodeError, match="RESOURCE_EXHAUSTED"):
+                await fleet.encode(item(), 2.0)
+
+    run(go())
+    assert sum(sidecar.asked for sidecar in three) <= 3 * 7  # after 0.05, 0.1, 0.2, 0.4, 0.8 s, and one more
+
+
+def test_one_that_is_taken_from_the_name_while_it_is_met_costs_no_item(
+    three: list[NamedSidecar], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It accepts and never speaks, as a frozen process does."""
+    busy = three[0]
+    busy.full, busy.rest_s = True, 0.1
+    with socket.create_server(("127.0.0.1", 0)) as frozen:
+        both = tuple(sorted([busy.address, f"127.0.0.1:{frozen.getsockname()[1]}"]))
+        found = [both]
+
+        async def go() -> None:
+            async with Fleet(["encoders.test:1"]) as fleet:
+                monkeypatch.setattr(fleet_module, "_LOOK_AGAIN_S", 0.05)
+                monkeypatch.setattr(fleet._addresses, "look_up", look_up)
+                asking = [asyncio.create_task(fleet.encode(item(), LONG_S)) for _ in range(8)]
+                while busy.asked < 8:
+                    await asyncio.sleep(0.01)
+                await asyncio.sleep(0.2)
+                found[0] = (busy.address,)
+                await asyncio.sleep(0.2)
+                busy.full = False
+                assert [embedding.tokens for embedding in await asyncio.gather(*asking)] == [6] * 8
+
+        async def look_up() -> tuple[str, ...]:
+            return found[0]
+
+        run(go())
 
 
 def test_one_that_hangs_leaves_time_for_another(three: list[NamedSidecar]) -> None:

@@ -40,7 +40,7 @@ async def run(options: Options) -> None:
                 return
             publish_device(devices, options.encoder_device)
             worker = Worker(fleet, model, way, options.mm_processor_kwargs, options.request_seconds)
-            left_s = await serve(worker, options, lambda: worker.tally.text(gauges), ending.told)
+            left_s = await serve(worker, options, lambda: worker.tally.text(gauges), ending)
         finally:
             await way.close(left_s)
 

@@ -14,6 +14,7 @@ from dynamo.llm import ModelInput, ModelType, WorkerType, register_model
 from dynamo.llm.exceptions import InvalidArgument
 from dynamo.runtime import Context, DistributedRuntime
 
+from sidecar.integrations.dynamo.ending import Ending
 from sidecar.integrations.dynamo.options import Options, SettingsError
 from sidecar.integrations.dynamo.worker import FailedError, Worker
 
@@ -25,28 +26,25 @@ _COMPONENT, _ENDPOINT = "encode", "generate"
 _GRACE_VARIABLE, _GRACE_S = "DYN_GRACEFUL_SHUTDOWN_GRACE_PERIOD_SECS", 5.0
 
 
-async def serve(worker: Worker, options: Options, metrics: Callable[[], str], ending: asyncio.Event) -> float:
+async def serve(worker: Worker, options: Options, metrics: Callable[[], str], ending: Ending) -> float:
     """Register, answer requests until `ending`, leave the list, and finish what is under way.
 
     Returns:
         What is left of the time for that, in seconds.
 
     Raises:
-        SettingsError: if Dynamo's runtime does not start as it is told.
+        SettingsError: if Dynamo's runtime does not start as it is told, or does not take the registration.
     """
-    runtime = _runtime(options)
+    if ending.told.is_set():
+        return 0.0
+    with ending.without_handlers():  # it may try for minutes to reach etcd or NATS
+        runtime = _runtime(options)
     endpoint = runtime.endpoint(f"{options.namespace}.{_COMPONENT}.{_ENDPOINT}")
     endpoint.metrics.register_prometheus_expfmt_callback(metrics)
-    await register_model(
-        ModelInput.Tokens,
-        ModelType.Empty,
-        endpoint,
-        options.model,
-        model_name=options.served_name,
-        worker_type=WorkerType.Encode,
-        needs=[[WorkerType.Prefill, WorkerType.Decode], [WorkerType.Aggregated]],
-        skip_model_assets=True,
-    )
+    await ending.unless_told(_register(endpoint, options))
+    if ending.told.is_set():
+        runtime.shutdown()
+        return 0.0
     labels = [("model", options.served_name)]
     serving = asyncio.ensure_future(
         endpoint.serve_endpoint(_handler(worker), graceful_shutdown=True, metrics_labels=labels)
@@ -54,7 +52,7 @@ async def serve(worker: Worker, options: Options, metrics: Callable[[], str], en
     logger.info("serving dyn://%s.%s.%s for %s", options.namespace, _COMPONENT, _ENDPOINT, options.served_name)
     # Without a health check of the endpoint's own, Dynamo's /health says what it is told.
     runtime.set_health_status(True)
-    told = asyncio.ensure_future(ending.wait())
+    told = asyncio.ensure_future(ending.told.wait())
     await asyncio.wait({serving, told}, return_when=asyncio.FIRST_COMPLETED)
     told.cancel()
     ends = time.monotonic() + options.drain_seconds
@@ -83,6 +81,22 @@ def _runtime(options: Options) -> DistributedRuntime:
         )
     except Exception as error:  # Dynamo has no kind of its own for what will not do
         raise SettingsError(f"Dynamo's runtime does not start: {error}") from error
+
+
+async def _register(endpoint: Any, options: Options) -> None:
+    try:
+        await register_model(
+            ModelInput.Tokens,
+            ModelType.Empty,
+            endpoint,
+            options.model,
+            model_name=options.served_name,
+            worker_type=WorkerType.Encode,
+            needs=[[WorkerType.Prefill, WorkerType.Decode], [WorkerType.Aggregated]],
+            skip_model_assets=True,
+        )
+    except Exception as error:
+        raise SettingsError(f"Dynamo does not take the registration: {error}") from error
 
 
 def _handler(worker: Worker) -> Callable[[Any, Context], AsyncGenerator[str, None]]:

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import errno
 import itertools
 import json
 import logging
+import mmap
 import os
 import struct
 from collections.abc import Sequence
@@ -29,6 +31,7 @@ logger = logging.getLogger(__name__)
 _PREFIX = "epd-dynamo-"
 _TENSOR = "ec_cache"  # as LocalEmbeddingReceiver of dynamo/common/multimodal/embedding_transfer.py reads it
 _ALIGNMENT = 8
+_MOST_HEADER_BYTES = 256
 _IN_CLOSE_NOWRITE = 0x10
 _EVENT = struct.Struct("iIII")  # watch, mask, cookie, length of the name that follows
 _EVENT_BYTES = 64 << 10
@@ -88,27 +91,40 @@ class LocalFiles:
             embeddings: (tokens, width) of `DType.storage` each. More than there is ever room for waits until it is alone.
 
         Raises:
-            OSError: if the file system is full.
+            OSError: if the file system is full of other things, or fails.
         """
-        size = sum(values.nbytes for values, _ in embeddings)
+        size = sum(_bytes_taken(values) for values, _ in embeddings)
         async with self._turn:
             while self.bytes and self.bytes + size > self._capacity_bytes:
                 self._removed.clear()
                 await self._removed.wait()
             self.bytes += size
         paths = [self.path / f"{next(self._numbers)}.safetensors" for _ in embeddings]
-        writing = asyncio.ensure_future(asyncio.to_thread(_write_all, paths, embeddings))
-        self._writing.add(writing)
-        writing.add_done_callback(self._writing.discard)
+        writing: asyncio.Future[None] | None = None
         try:
-            await asyncio.shield(writing)
+            while writing is None:
+                writing = asyncio.ensure_future(asyncio.to_thread(_write_all, paths, embeddings))
+                self._writing.add(writing)
+                writing.add_done_callback(self._writing.discard)
+                try:
+                    await asyncio.shield(writing)
+                except OSError as error:
+                    # Others have filled the file system; what lies here already will make room.
+                    if error.errno != errno.ENOSPC or not self._files:
+                        raise
+                    _unlink(paths)
+                    writing = None
+                    self._removed.clear()
+                    await self._removed.wait()
         except BaseException:
-            # The thread goes on when its caller is cancelled.
-            writing.add_done_callback(lambda done: self._spoilt(done, paths, size))
+            if writing is None:
+                self._give_back(size)
+            else:  # the thread goes on when its caller is cancelled
+                writing.add_done_callback(lambda done: self._spoilt(done, paths, size))
             raise
         for path, (values, _) in zip(paths, embeddings, strict=True):
             self._files[path.name] = _File(
-                values.nbytes, self._loop.call_later(self._unread_s, self._give_up, path.name)
+                _bytes_taken(values), self._loop.call_later(self._unread_s, self._give_up, path.name)
             )
         self._tell()
         return paths
@@ -154,8 +170,10 @@ class LocalFiles:
     def _spoilt(self, writing: asyncio.Future[None], paths: Sequence[Path], size: int) -> None:
         if not writing.cancelled():
             writing.exception()  # whoever waited has been told
-        for path in paths:
-            path.unlink(missing_ok=True)
+        _unlink(paths)
+        self._give_back(size)
+
+    def _give_back(self, size: int) -> None:
         self.bytes -= size
         self._tell()
 
@@ -179,6 +197,16 @@ def _possible(capacity_bytes: int, directory: Path) -> int:
             capacity_bytes >> 20,
         )
     return min(room, capacity_bytes)
+
+
+def _bytes_taken(values: Array) -> int:
+    """By its file, which is of whole pages."""
+    return -(-(values.nbytes + _MOST_HEADER_BYTES) // mmap.PAGESIZE) * mmap.PAGESIZE
+
+
+def _unlink(paths: Sequence[Path]) -> None:
+    for path in paths:
+        path.unlink(missing_ok=True)
 
 
 def _write_all(paths: Sequence[Path], embeddings: Sequence[tuple[Array, DType]]) -> None:

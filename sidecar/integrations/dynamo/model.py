@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 
-from sidecar.integrations.checkpoint import checkpoint_directory, checkpoint_fingerprint, pixel_spec
+from sidecar.integrations.checkpoint import checkpoint_directory, checkpoint_fingerprint, pixel_spec, tower_spec
 from sidecar.pb import encoder_pb2
-from sidecar.replies import Embedding
+from sidecar.replies import ClientError, Embedding
 from sidecar.vision.dtypes import all_finite
 
 logger = logging.getLogger(__name__)
@@ -16,7 +16,7 @@ class MismatchError(Exception):
     """A sidecar holds another model."""
 
 
-class WrongEmbeddingError(Exception):
+class WrongEmbeddingError(ClientError):
     """What a sidecar sent is not what was asked for."""
 
 
@@ -27,10 +27,11 @@ class Model:
         fingerprint: of prefill's checkpoint where that lies on this host, as given, or of the first sidecar that was met.
     """
 
-    def __init__(self, fingerprint: str = "", *, proven: bool = False) -> None:
+    def __init__(self, fingerprint: str = "", *, proven: bool = False, shape: tuple[int, int] | None = None) -> None:
+        """`shape`: an embedding's width, and how many patches a side become one row."""
         self.fingerprint = fingerprint
         self._proven = proven
-        self._width = self._merge_unit = 0
+        self._shape = shape
 
     @classmethod
     def of(cls, checkpoint: str, given: str) -> Model:
@@ -49,7 +50,9 @@ class Model:
             )
             return cls()
         try:
-            return cls(checkpoint_fingerprint(directory, pixel_spec(directory)), proven=True)
+            tower = tower_spec(directory)
+            shape = tower.out_hidden_size, tower.spatial_merge_size
+            return cls(checkpoint_fingerprint(directory, pixel_spec(directory)), proven=True, shape=shape)
         except (OSError, ValueError, KeyError) as error:
             logger.warning(
                 "no fingerprint of %s: %s; the sidecars are compared with one another only", checkpoint, error
@@ -60,7 +63,7 @@ class Model:
         """Learn from a sidecar what embeddings look like.
 
         Raises:
-            MismatchError: if it serves another model.
+            MismatchError: if it serves another model, or says of this one what another sidecar, or the checkpoint, does not.
         """
         if self.fingerprint and info.fingerprint != self.fingerprint:
             whose = "this checkpoint's is" if self._proven else "the others serve"
@@ -68,9 +71,13 @@ class Model:
                 f"the sidecar serves the fingerprint {info.fingerprint[:16]}…, {whose} {self.fingerprint[:16]}…; export the "
                 "checkpoint that prefill has loaded"
             )
-        self.fingerprint = info.fingerprint
-        self._width = info.tower.out_hidden_size
-        self._merge_unit = info.tower.spatial_merge_size**2
+        shape = info.tower.out_hidden_size, info.tower.spatial_merge_size
+        if min(shape) < 1 or (self._shape and shape != self._shape):
+            raise MismatchError(
+                f"the sidecar's embeddings are {shape[0]} wide and merge {shape[1]}×{shape[1]} patches, "
+                + (f"this model's {self._shape[0]} and {self._shape[1]}" if self._shape else "which cannot be")
+            )
+        self.fingerprint, self._shape = info.fingerprint, shape
 
     def check(self, embedding: Embedding) -> None:
         """Raises:
@@ -80,10 +87,14 @@ class Model:
             raise WrongEmbeddingError(
                 f"it is of the model {embedding.fingerprint[:16]}…, prefill's is {self.fingerprint[:16]}…"
             )
-        expected = (embedding.grid.patches // self._merge_unit, self._width)
+        assert self._shape is not None  # no image is asked for before a sidecar has been met
+        width, merge = self._shape
+        expected = (embedding.grid.patches // merge**2, width)
         if embedding.data.shape != expected:
             raise WrongEmbeddingError(
                 f"its shape is {embedding.data.shape}, its grid {tuple(embedding.grid)} means {expected}"
             )
+        if embedding.grid.t != 1:
+            raise WrongEmbeddingError(f"its grid {tuple(embedding.grid)} is a video's")
         if not all_finite(embedding.data, embedding.dtype):
             raise WrongEmbeddingError("it holds values that are not finite")

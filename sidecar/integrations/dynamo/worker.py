@@ -31,8 +31,10 @@ _THEIR_FAULT = {
     "NOT_FOUND",
     "PERMISSION_DENIED",
 }
-# One sidecar of many may hold the wrong model; what they all do wrong must not go round for long.
-_MOST_WRONG = 3
+
+
+# So many images of one request are under way at a time: to the sidecars, all requests are one client's, in their order.
+_ALONGSIDE = 32
 
 
 class FailedError(Exception):
@@ -122,7 +124,13 @@ class Worker:
         return request.answer([(one.grid, transfer) for one, transfer in zip(embeddings, transfers, strict=True)])
 
     async def _encode_all(self, request: EncodeRequest, ends: float) -> list[Embedding]:
-        tasks = [asyncio.create_task(self._encode(number, item, ends)) for number, item in enumerate(request.images, 1)]
+        room = asyncio.Semaphore(_ALONGSIDE)
+
+        async def encode(number: int, item: Item) -> Embedding:
+            async with room:
+                return await self._encode(number, item, ends)
+
+        tasks = [asyncio.create_task(encode(number, item)) for number, item in enumerate(request.images, 1)]
         try:
             return list(await asyncio.gather(*tasks))
         finally:
@@ -133,13 +141,13 @@ class Worker:
     async def _encode(self, number: int, item: Item, ends: float) -> Embedding:
         started = time.monotonic()
         try:
-            embedding = await self._right_embedding(item, ends)
+            embedding = await self._fleet.encode(item, _left_s(ends), check=self._check)
         except EncodeError as error:
             if error.code in _THEIR_FAULT:
                 raise self._failed("image", f"image {number}: {error.message}") from error
             why = f"image {number} could not be encoded now, try again: {error.message}"
             raise self._failed("sidecars", why) from error
-        except (ClientError, WrongEmbeddingError) as error:
+        except ClientError as error:
             raise self._failed("embedding", f"image {number}: the encoder's answer was refused: {error}") from error
         self.tally.image_took(time.monotonic() - started)
         return embedding
@@ -148,21 +156,12 @@ class Worker:
         self.tally.failures[fault] += 1
         return FailedError(why)
 
-    async def _right_embedding(self, item: Item, ends: float) -> Embedding:
-        """Raises:
-        ClientError: if none could be had in time.
-        WrongEmbeddingError: if what came was wrong, again and again.
-        """
-        for wrong in range(1, _MOST_WRONG + 1):
-            embedding = await self._fleet.encode(item, _left_s(ends))
-            try:
-                self._model.check(embedding)
-                return embedding
-            except WrongEmbeddingError as error:
-                logger.error("an embedding of %s was refused: %s", embedding.lane.device, error)
-                if wrong == _MOST_WRONG:
-                    raise
-        raise AssertionError
+    def _check(self, embedding: Embedding) -> None:
+        try:
+            self._model.check(embedding)
+        except WrongEmbeddingError as error:
+            logger.error("an embedding of %s was refused: %s", embedding.lane.device, error)
+            raise
 
 
 def _left_s(ends: float) -> float:

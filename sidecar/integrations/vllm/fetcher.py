@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Coroutine
 from concurrent.futures import Future
+from functools import partial
 from typing import Any
 
 from sidecar.client import (
@@ -72,7 +73,7 @@ class Fetch:
             return self.file
 
 
-class WrongEmbeddingError(Exception):
+class WrongEmbeddingError(ClientError):
     """A sidecar's answer is not what was asked for."""
 
 
@@ -167,7 +168,7 @@ class Fetcher:
                 return logger.info(
                     "the sidecar serves this model, %s: fingerprint %.16s…", proof, self._identity.expected
                 )
-            except (ClientError, MismatchError) as error:
+            except ClientError as error:
                 if str(error) != told:
                     told = str(error)
                     logger.warning("no embeddings from %s yet: %s", ", ".join(self._options.addresses), told)
@@ -186,12 +187,15 @@ class Fetcher:
         try:
             outcome, file = await self._obtain(fetch.wanted, begun + self._options.item_s)
         except Exception as error:
-            if not isinstance(
-                error, (ClientError, GivenUpError, MismatchError, WrongEmbeddingError, OSError, ValueError)
-            ):
+            if not isinstance(error, (ClientError, GivenUpError, OSError, ValueError)):
                 logger.exception("a defect in fetching an embedding")
             spent_s, asked = time.monotonic() - begun, ", ".join(self._options.addresses)
             fetch.failure = f"{str(error) or type(error).__name__} ({asked}, after {spent_s:.1f} s)"
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+            fetch.failure = "a call was cancelled by nobody here"  # who waits for it must not wait for ever
         else:
             self._tally.obtained(outcome, time.monotonic() - begun, file.description.nbytes)
             if not fetch.finish(file):
@@ -239,7 +243,7 @@ class Fetcher:
             outcome, (embedding, client) = "fetched", await self._sidecars.fetch(wanted.key, timeout_s)
         else:
             item = await asyncio.to_thread(wanted.item, self._identity.tower, self._identity.pixels)
-            embedding, client = await self._sidecars.encode(item, timeout_s)
+            embedding, client = await self._sidecars.encode(item, timeout_s, partial(self._check, wanted))
             outcome = "linked" if embedding.path is not None else "sent"
         try:
             return outcome, await self._keep(wanted, embedding)
@@ -252,7 +256,10 @@ class Fetcher:
     def _refused(self, code: str) -> None:
         self._tally.error("wrong embedding" if code == "PROTOCOL" else code)
 
-    async def _keep(self, wanted: Wanted, embedding: Embedding) -> LocalFile:
+    def _check(self, wanted: Wanted, embedding: Embedding) -> None:
+        """Raises:
+        ClientError: if it is not what was asked for.
+        """
         width = self._identity.tower.out_hidden_size
         if embedding.grid != wanted.grid or embedding.data.shape != (wanted.tokens, width):
             raise WrongEmbeddingError(
@@ -260,6 +267,9 @@ class Fetcher:
                 f"{wanted.tokens} × {width} for grid {tuple(wanted.grid)} was asked for"
             )
         self._identity.check(embedding.fingerprint)
+
+    async def _keep(self, wanted: Wanted, embedding: Embedding) -> LocalFile:
+        self._check(wanted, embedding)
         description = Description(
             grid=embedding.grid,
             tokens=embedding.tokens,

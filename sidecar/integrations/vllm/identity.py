@@ -12,13 +12,14 @@ from pathlib import Path
 
 from sidecar.integrations.checkpoint import checkpoint_directory, checkpoint_fingerprint, pixel_spec
 from sidecar.pb import encoder_pb2
+from sidecar.replies import ClientError
 from sidecar.vision.spec import PixelSpec, TowerSpec
 
 # vLLM shows what is logged below its own name.
 logger = logging.getLogger("vllm." + __name__)
 
 
-class MismatchError(Exception):
+class MismatchError(ClientError):
     """A sidecar holds another model."""
 
 

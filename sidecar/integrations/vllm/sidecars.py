@@ -79,8 +79,11 @@ class Sidecars:
             return [self._linking or self._at(self._options.addresses[0])]
         return [self._at(address) for address in await self.fleet.addresses(self._options.item_s)]
 
-    async def encode(self, item: Item, timeout_s: float) -> tuple[Embedding, AsyncEncoderClient | None]:
-        """Also returns who has the lease, where the embedding is a file of the store.
+    async def encode(
+        self, item: Item, timeout_s: float, check: Callable[[Embedding], None]
+    ) -> tuple[Embedding, AsyncEncoderClient | None]:
+        """Also returns who has the lease, where the embedding is a file of the store. `check` raises a ClientError for one that
+        will not do, so that another sidecar of several is asked.
 
         Raises:
             GivenUpError: if no other ask would help: a fleet asks again by itself, and at others.
@@ -88,7 +91,8 @@ class Sidecars:
         """
         if self.fleet is not None:
             try:
-                return await self.fleet.encode(item, timeout_s, unreachable_s=self._options.patience_s), None
+                patience_s = self._options.patience_s
+                return await self.fleet.encode(item, timeout_s, unreachable_s=patience_s, check=check), None
             except ClientError as error:
                 raise GivenUpError(str(error)) from error
         (client,) = await self.each()
