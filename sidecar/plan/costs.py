@@ -15,7 +15,6 @@ A file of costs is JSON: {"costs": [{…}, …]}, each with
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -31,7 +30,8 @@ from sidecar.engine.cost import Work, fit
 
 # As in sidecar.engine.lane: items share a run while its fixed part is more than this part of it.
 WORTHWHILE = 0.1
-_LONGEST_MS = 86_400_000.0
+_MOST_STREAMS = 1024
+_SHORTEST_MS, _LONGEST_MS = 1e-6, 86_400_000.0
 _QUANTILES = 25  # of the spread
 _NUMBER = r"\d+(?:\.\d*)?(?:[eE][-+]?\d+)?|\.\d+(?:[eE][-+]?\d+)?"
 _NUMBERS = re.compile(rf"(?:{_NUMBER})(?:,(?:{_NUMBER})){{1,2}}")
@@ -118,14 +118,14 @@ class Costs:
     overhead: Line | None = None
 
     def __post_init__(self) -> None:
-        if not 0 < self.run.ms(1024, 1024.0**2) < _LONGEST_MS:
+        if not _SHORTEST_MS < self.run.ms(1024, 1024.0**2) < _LONGEST_MS:
             raise CostsError(
                 f"{self.name}: a run must cost something, and end; give milliseconds above 0 and below a day"
             )
-        if self.streams < 1:
-            raise CostsError(f"{self.name}: streams must be at least 1, got {self.streams}")
+        if not isinstance(self.streams, int) or not 1 <= self.streams <= _MOST_STREAMS:
+            raise CostsError(f"{self.name}: streams must be 1 to {_MOST_STREAMS}, got {self.streams}")
         if not all(
-            patches > 0 and ratios and all(0 < ratio < math.inf for ratio in ratios)
+            patches > 0 and ratios and all(1e-6 < ratio < 1e6 for ratio in ratios)
             for patches, ratios in self.spread.items()
         ):
             raise CostsError(f"{self.name}: spread must be ratios above 0 for each number of patches")

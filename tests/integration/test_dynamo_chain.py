@@ -93,6 +93,13 @@ def shown(answer: Answer) -> list[str]:
     return [re.sub(r"<\|\w+\|>|\ufffd", "", token) for token in answer.tokens]
 
 
+def cancelled_by_dynamo(log: Path) -> int:
+    """Requests that its router had sent to a worker, and cancels because that one leaves the list before it has begun to answer.
+    Nothing that the worker does can keep it from that."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", log.read_text(errors="replace"))
+    return sum(map(int, re.findall(r"Cancelled stream registrations for removed instance .*cancelled=(\d+)", text)))
+
+
 def test_answers_are_those_of_a_plain_vllm(chain: DynamoChain, toy_checkpoint: Path, tmp_path: Path) -> None:
     sizes = ((84, 112), (56, 196), (224, 224), (140, 84), (308, 84), (56, 56), (140, 336), (112, 112))
     pictures = [noise_png(500 + number, *size) for number, size in enumerate(sizes)]
@@ -179,7 +186,7 @@ def test_two_unequal_sidecars_share_by_speed(chain: DynamoChain, sidecars: tuple
     assert 2.5 * counts[1] < counts[0] < 6 * counts[1]
 
 
-def test_a_worker_is_replaced_under_load_and_no_request_fails(
+def test_a_worker_is_replaced_under_load_and_loses_no_request(
     chain: DynamoChain, toy_checkpoint: Path, sidecars: tuple[SlowSidecar, SlowSidecar], tmp_path: Path
 ) -> None:
     frontend = chain.vllm("frontend")
@@ -195,9 +202,10 @@ def test_a_worker_is_replaced_under_load_and_no_request_fails(
         time.sleep(2)
         answers = load.stop()
     failed = [answer for answer in answers if not answer.ok]
-    print(f"\na worker ended by SIGTERM under load: {len(answers)} requests, {len(failed)} failed", end="")
-    # In one of five runs Dynamo's router reset the stream that was under way in the moment the worker left its list.
-    assert len(answers) > 20 and len(failed) <= 1
+    cancelled = cancelled_by_dynamo(chain.logs / "prefill.log")
+    said = f"{len(answers)} requests, {len(failed)} failed, {cancelled} cancelled by Dynamo's router"
+    print(f"\na worker ended by SIGTERM under load: {said}", end="")
+    assert len(answers) > 20 and len(failed) <= cancelled
     log = (tmp_path / "first.log").read_text()
     assert "finishing what is under way" in log and "request completed" in log
 
