@@ -15,6 +15,8 @@ KNOWN = {
     "many.test": ["10.0.0.9", "10.0.0.8", "10.0.0.9"],
     "dual.test": ["10.0.0.3", "2001:db8::3"],
     "six.test": ["2001:db8::6"],
+    "unix-1.test": ["10.0.0.5"],
+    "unix-2.test": ["10.0.0.6"],
 }
 
 
@@ -51,6 +53,7 @@ def found(*given: str) -> tuple[str, ...]:
         (["dual.test:7", "six.test:7"], "ipv6:[2001:db8::3]:7,[2001:db8::6]:7"),
         (["one.test:7", "gone.test:7"], "ipv4:10.0.0.1:7"),
         (["unix:/tmp/socket"], "unix:/tmp/socket"),
+        (["unix-1.test:7", "unix-2.test:7"], "ipv4:10.0.0.5:7,10.0.0.6:7"),
     ],
     ids=" ".join,
 )

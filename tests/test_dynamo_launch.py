@@ -251,6 +251,8 @@ def launch(dynamo: Path, *arguments: str, **given: str) -> subprocess.Popen[str]
             {"SIDECARS": "127.0.0.1:1", "FRONTEND_PORT": "http"},
             "FRONTEND_PORT must be a port from 1 to 65535, got 'http'",
         ),
+        (("model",), {"ENCODER_DEVICES": " , "}, "no device is named: give --device cpu"),
+        (("model",), {"SIDECARS": " , "}, "SIDECARS names none"),
     ],
 )
 def test_the_command_refuses_in_one_line(dynamo, arguments, given, words):

@@ -228,14 +228,14 @@ def main() -> int:
     given = dict(os.environ)
     named = given.get("DYN_ENCODER_DEVICE") or given.get("ENCODER_DEVICES") or "cpu"
     devices = [device for device in options.device or named.replace(",", " ").split() for _ in range(options.encoders)]
-    if not devices:
-        parser.error("no device is named: give --device cpu, or leave ENCODER_DEVICES empty")
-    if given.get("SIDECARS") and not given["SIDECARS"].replace(",", " ").split():
-        parser.error("SIDECARS names none: write host:port, or leave it empty")
     given.pop("DYN_ENCODER_DEVICE", None)  # said to each sidecar by its flag
     shared_memory = Path("/dev/shm")
     scratch = Path(tempfile.mkdtemp(prefix="epd-dynamo-chain-", dir=shared_memory if shared_memory.is_dir() else None))
     try:
+        if not devices:
+            raise SettingsError("no device is named: give --device cpu, or leave ENCODER_DEVICES empty")
+        if given.get("SIDECARS") and not given["SIDECARS"].replace(",", " ").split():
+            raise SettingsError("SIDECARS names none: write host:port, or leave it empty")
         artifact = None if given.get("SIDECARS") else artifact_of(options.model, options.artifact)
         chain = plan(options.model, artifact, devices, given, Ports(given), scratch)
         logs = Path(given.get("LOG_DIR") or tempfile.mkdtemp(prefix="epd-logs-")).absolute()

@@ -107,8 +107,11 @@ def test_a_probe_on_loopback_names_whom_the_certificate_is_for(tls_server):
     assert health("--server", address).returncode == 2, "plaintext to a TLS server"
 
 
-def test_tls_flags_that_do_not_fit_together_are_one_line(tmp_path):
-    for flags in (["--tls-name", "encoder"], ["--tls-ca", str(tmp_path / "none.pem")]):
+def test_tls_flags_that_will_not_do_are_one_line(tmp_path):
+    (tmp_path / "text").write_text("no certificate")
+    (tmp_path / "broken.pem").write_text("-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n")
+    files = [["--tls-ca", str(tmp_path / name)] for name in ("none.pem", "text", "broken.pem")]
+    for flags in (["--tls-name", "encoder"], *files):
         answer = health(*flags)
         assert (answer.returncode, len(answer.stderr.splitlines())) == (2, 1)
         assert "--tls-ca" in answer.stderr

@@ -133,16 +133,17 @@ def test_a_graph_that_is_no_graph_is_a_fault_and_not_a_crash(checkpoint: Checkpo
         load(checkpoint, broken, name, "f32", DType.FLOAT32)
 
 
-def test_a_device_that_is_not_there_is_named(checkpoint: Checkpoint, graphs: dict[str, Path]) -> None:
+@pytest.mark.parametrize("device", ["ov:NOSUCH", "AUTO"])
+def test_a_device_that_will_not_do_is_named(checkpoint: Checkpoint, graphs: dict[str, Path], device: str) -> None:
     load_of_gpu = Load(
         graph=graphs["openvino"],
         precision="f32",
         tower=checkpoint.tower,
         pixels=checkpoint.pixels,
         output_dtype=DType.FLOAT32,
-        device="ov:NOSUCH",
+        device=device,
     )
-    with pytest.raises(RuntimeFault, match="ov:NOSUCH"):
+    with pytest.raises(RuntimeFault, match=device):
         load_runtime("openvino", load_of_gpu)
 
 
