@@ -66,12 +66,13 @@ class Errand:
         code = failure.code if isinstance(failure, EncodeError) else "DATA_LOSS"
         if code not in _PASSING or isinstance(failure, RequestTooLargeError):
             raise failure
-        if server and not isinstance(failure, EncodeError):
-            # One that is picked again, for its rate, is no new fault as long as another may take the item.
-            self._again |= server in self._untrusted
-            self._untrusted.add(server)
-        if not self._again and (code in _FAULTS or _UNREACHABLE_URL in reasons):
+        is_untrusted = bool(server) and not isinstance(failure, EncodeError)
+        if is_untrusted and server in self._untrusted:
+            self._again = True  # picked again, for its rate: no new fault as long as another may take the item
+        elif code in _FAULTS or _UNREACHABLE_URL in reasons:
             self._count_fault(failure)
+        if is_untrusted:
+            self._untrusted.add(server)
         self.lost = code == "UNAVAILABLE" and not _details(failure)
         self._failures.append(failure)
         if server:
