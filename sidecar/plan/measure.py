@@ -12,7 +12,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,14 +42,17 @@ class Answer(NamedTuple):
 
 
 async def measure(client: AsyncEncoderClient, where: str, sizes: Iterable[Size], seconds: float) -> list[Costs]:
-    """Of each lane, in about so many seconds, or as long as two pictures of each size take.
+    """Of each kind of lane, in about so many seconds, or as long as two pictures of each size take.
 
     Raises:
         EncodeError: if the sidecar cannot be asked.
         CostsError: if it encoded none.
         GridError: if its model takes no picture of one of the sizes.
     """
-    return costs_of(await answers(client, sizes, seconds), where)
+    found = costs_of(await answers(client, sizes, seconds), where)
+    # Lanes of one kind cannot be told apart in an answer. Together they are as one lane of so many streams.
+    alike = Counter(_name(lane) for lane in (await client.info(_INFO_TIMEOUT_S)).lanes)
+    return [replace(costs, streams=max(1, alike[costs.name])) for costs in found]
 
 
 async def answers(client: AsyncEncoderClient, sizes: Iterable[Size], seconds: float) -> list[Answer]:
@@ -131,15 +134,21 @@ def runs_of(answers: Iterable[Answer]) -> list[list[Answer]]:
 
 
 def costs_in(status: Mapping[str, Any], where: str) -> list[Costs]:
-    """Of each lane, from a status page's JSON: the curve that the lane itself goes by, and the last minute's medians, spread
-    evenly over the patches of the items so far. How long the call itself takes is not in it.
+    """Of each kind of lane, from a status page's JSON: the curve that the lane itself goes by, and the last minute's medians,
+    spread evenly over the patches of the items so far. How long the call itself takes is not in it.
 
     Raises:
         CostsError: if it is none, or the sidecar has encoded nothing yet.
     """
     try:
         stages, lanes = status["stages"], status["engine"]["lanes"]
-        return [_lane_costs(lane, stages, where) for lane in lanes]
+        found: dict[str, Costs] = {}
+        for costs in (_lane_costs(lane, stages, where) for lane in lanes if lane["items"]):
+            before = found.get(costs.name)
+            found[costs.name] = replace(before, streams=before.streams + costs.streams) if before else costs
+        if not found:
+            raise KeyError("items")
+        return list(found.values())
     except (KeyError, TypeError, ZeroDivisionError) as error:
         raise CostsError(
             f"{where}: no status page of a sidecar that has encoded something in the last minute"
@@ -204,4 +213,8 @@ def _answer(embedding: Embedding, size: Size, latency_ms: float) -> Answer:
     lane = embedding.lane
     stages_ms = {name.removesuffix("_ms"): value for name, value in asdict(embedding.times).items()}
     picture = Picture(embedding.grid.patches, size.width * size.height)
-    return Answer(f"{lane.runtime}/{lane.device}/{lane.precision}" if lane else "?", picture, stages_ms, latency_ms)
+    return Answer(_name(lane) if lane else "?", picture, stages_ms, latency_ms)
+
+
+def _name(lane: Any) -> str:
+    return f"{lane.runtime}/{lane.device}/{lane.precision}"

@@ -123,6 +123,18 @@ def test_a_running_sidecar_is_measured_and_kept(plan: Plan, server: Server, tmp_
     assert code == 0 and json.loads(out)["rows"][0]["latency_ms"]["p50"] > 1.0
 
 
+def test_lanes_of_one_kind_are_counted(plan: Plan, start_server, tmp_path: Path) -> None:
+    server = start_server("--device", "cpu", "--device", "cpu", "--metrics-listen", "127.0.0.1:0")
+    page = re.search(r"status page on (\S+)", server.log.read_text())[1]
+    by_page, by_address = tmp_path / "page.json", tmp_path / "address.json"
+    size = ("--size", "224x224")
+    assert plan("--from", server.address, "--save-costs", by_address, "--measure-seconds", 0.5, *size)[0] == 0
+    assert plan("--from", page, "--save-costs", by_page)[0] == 0
+    for file in (by_page, by_address):
+        (entry,) = json.loads(file.read_text())["costs"]
+        assert entry["streams"] == 2
+
+
 def test_a_cpu_lane_is_no_gpu(plan: Plan, server: Server) -> None:
     code, _, err = plan("--from", server.address, "--rate", 1, "--measure-seconds", 0.1)
     assert code == 2 and "has no GPU lane, only openvino/CPU" in err
