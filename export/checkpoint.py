@@ -24,7 +24,8 @@ from torch import Tensor
 
 from export.files import CheckpointError, Files, LocalFiles, StoredTensor
 from export.hub import HubFiles
-from sidecar.vision.spec import VISION_PREFIXES, PixelSpec, TowerSpec, processor_configs
+from sidecar.vision.processors import pixel_spec, processor_configs
+from sidecar.vision.spec import VISION_PREFIXES, PixelSpec, TowerSpec
 from sidecar.vision.tower import Tower
 
 __all__ = ["Checkpoint", "CheckpointError", "open_checkpoint"]
@@ -123,7 +124,8 @@ def open_checkpoint(
     if config is None:
         raise CheckpointError(f"{files.source} has no config.json: give the directory that holds a whole checkpoint")
     try:
-        tower, pixels = _tower_spec(config), _pixel_spec(files)
+        tower = _tower_spec(config)
+        pixels = _pixel_spec(files, tower)
     except CheckpointError:
         raise
     except (ValueError, TypeError, AttributeError) as error:  # SpecError, and values of types that no number has
@@ -174,11 +176,11 @@ def _tower_spec(config: Mapping[str, Any]) -> TowerSpec:
     return TowerSpec.from_config(config)
 
 
-def _pixel_spec(files: Files) -> PixelSpec:
+def _pixel_spec(files: Files, tower: TowerSpec) -> PixelSpec:
     image, video = processor_configs(files.json)
     if image is None:
         logger.warning("%s has no image processor configuration: Qwen2.5-VL's defaults are assumed", files.source)
-    return PixelSpec.from_config(image or {}, video)
+    return pixel_spec(image, video, tower)
 
 
 def _canonical(name: str) -> str | None:

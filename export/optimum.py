@@ -25,7 +25,7 @@ from export.weights import storage_dtype
 from sidecar.adopted import CONFIG, read_ir
 from sidecar.artifact import Artifact, Variant
 from sidecar.runtimes.optimum_pair import MERGER, pair_files
-from sidecar.vision.spec import PROCESSOR_FILES
+from sidecar.vision.processors import PROCESSOR_FILES
 
 __all__ = ["export_via_optimum", "optimum_python"]
 

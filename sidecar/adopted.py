@@ -20,7 +20,8 @@ from xml.etree import ElementTree
 from sidecar.artifact import Artifact, ArtifactError, Checkpoint, Manifest, Variant, fingerprint, sha256_of
 from sidecar.runtimes.optimum_pair import MERGER, pair_files
 from sidecar.vision.dtypes import DType
-from sidecar.vision.spec import IMAGE_PROCESSOR, PROCESSOR_FILES, PixelSpec, SpecError, TowerSpec, processor_configs
+from sidecar.vision.processors import IMAGE_PROCESSOR, PROCESSOR_FILES, pixel_spec, processor_configs
+from sidecar.vision.spec import PixelSpec, SpecError, TowerSpec
 
 CONFIG = "config.json"
 
@@ -49,7 +50,7 @@ def adopt_optimum(directory: Path) -> Artifact:
     config = _json(directory / CONFIG)
     try:
         tower = TowerSpec.from_config(config)
-        pixels = _pixel_spec(directory)
+        pixels = _pixel_spec(directory, tower)
     except ArtifactError:
         raise
     except (SpecError, TypeError, ValueError, AttributeError) as error:
@@ -122,7 +123,7 @@ def _json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _pixel_spec(directory: Path) -> PixelSpec:
+def _pixel_spec(directory: Path, tower: TowerSpec) -> PixelSpec:
     def read(name: str) -> dict[str, Any] | None:
         return _json(directory / name) if (directory / name).is_file() else None
 
@@ -131,7 +132,7 @@ def _pixel_spec(directory: Path) -> PixelSpec:
         raise ArtifactError(
             f"{directory} has no image processor's configuration; copy {IMAGE_PROCESSOR} from the checkpoint"
         )
-    return PixelSpec.from_config(image, video)
+    return pixel_spec(image, video, tower)
 
 
 def _model_dtype(config: dict[str, Any], precision: str) -> DType:

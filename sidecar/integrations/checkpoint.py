@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from sidecar.artifact import fingerprint, tensor_hash
-from sidecar.vision.spec import VISION_PREFIXES, PixelSpec, TowerSpec, processor_configs
+from sidecar.vision import processors
+from sidecar.vision.spec import VISION_PREFIXES, PixelSpec, TowerSpec
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -33,13 +34,19 @@ def checkpoint_directory(model: str, revision: str | None) -> Path | None:
         return None
 
 
-def pixel_spec(directory: Path) -> PixelSpec:
+def pixel_spec(directory: Path, tower: TowerSpec) -> PixelSpec:
+    """Read the preprocessing of a checkpoint.
+
+    Raises:
+        SpecError: if it is one that no sidecar follows (see `sidecar.vision.processors`).
+        OSError, ValueError: if a file cannot be read.
+    """
+
     def read(name: str) -> dict[str, Any] | None:
         path = directory / name
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
-    image, video = processor_configs(read)
-    return PixelSpec.from_config(image or {}, video)
+    return processors.pixel_spec(*processors.processor_configs(read), tower)
 
 
 def tower_spec(directory: Path) -> TowerSpec:

@@ -1,13 +1,13 @@
 """The two value objects that say what a vision tower is, as its checkpoint states it.
 
-`TowerSpec` holds the network's numbers, `PixelSpec` the preprocessing's. Both are read from the Hugging Face files and
-both are sealed into an artifact's manifest, so nothing downstream ever guesses a number.
+`TowerSpec` holds the network's numbers, `PixelSpec` the preprocessing's (read by `processors.py`). Both come from the
+Hugging Face files and both are sealed into an artifact's manifest, so nothing downstream ever guesses a number.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Self
 
@@ -203,28 +203,6 @@ class PixelSpec:
                     f"{kind}min_pixels and {kind}max_pixels must satisfy 0 < min ≤ max, got {low} and {high}"
                 )
 
-    @classmethod
-    def from_config(cls, image: Mapping[str, Any], video: Mapping[str, Any] | None = None) -> Self:
-        """Read a parsed `preprocessor_config.json` and, where there is one, `video_preprocessor_config.json`.
-
-        Bounds appear as `min_pixels`/`max_pixels` in older files and as `size.shortest_edge`/`size.longest_edge` (areas
-        too, despite the name) in newer ones.
-        """
-        values: dict[str, Any] = {}
-        for name in ("image_mean", "image_std"):
-            if image.get(name) is not None:
-                values[name] = tuple(float(number) for number in image[name])
-        if image.get("rescale_factor") is not None:
-            values["rescale_factor"] = float(image["rescale_factor"])
-        for prefix, config in (("", image), ("video_", video or {})):
-            size = config.get("size") or {}
-            for bound, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
-                stated = (config.get(bound), size.get(bound), size.get(edge))
-                number = next((number for number in stated if number is not None), None)
-                if number is not None:
-                    values[prefix + bound] = int(number)
-        return cls(**values)
-
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "image_mean": list(self.image_mean), "image_std": list(self.image_std)}
 
@@ -233,27 +211,6 @@ class PixelSpec:
         """Inverse of `to_dict`, strict about unknown and missing names."""
         known = _known(cls, values)
         return cls(**{**known, "image_mean": tuple(known["image_mean"]), "image_std": tuple(known["image_std"])})
-
-
-# Where transformers keeps its processors' numbers: nested in one file since version 5, before that in one each.
-NESTED_PROCESSORS = "processor_config.json"
-IMAGE_PROCESSOR = "preprocessor_config.json"
-VIDEO_PROCESSOR = "video_preprocessor_config.json"
-PROCESSOR_FILES = (NESTED_PROCESSORS, IMAGE_PROCESSOR, VIDEO_PROCESSOR)
-
-Config = Mapping[str, Any]
-
-
-def processor_configs(read: Callable[[str], Config | None]) -> tuple[Config | None, Config | None]:
-    """The image and the video processor's configuration, None where there is none, in transformers' order: the nested file
-    first, then one file for each; videos fall back to the image file, as published Qwen2.5-VL checkpoints need it.
-
-    `read` gives a parsed file of `PROCESSOR_FILES`, or None.
-    """
-    nested, image_file = read(NESTED_PROCESSORS) or {}, read(IMAGE_PROCESSOR)
-    image = nested.get("image_processor") or image_file
-    video = nested.get("video_processor") or read(VIDEO_PROCESSOR) or image_file
-    return image, video
 
 
 def _known(cls: Any, values: Mapping[str, Any]) -> dict[str, Any]:

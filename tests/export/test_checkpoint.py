@@ -258,6 +258,10 @@ FILE_FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda d: change_json(d / "config.json", vision_config=[1]),
         "vision_config must be an object",
     ),
+    "pixels made otherwise": (
+        lambda d: change_json(d / "preprocessor_config.json", resample=0),
+        r"the image processor's resample is 0; only 3 \(bicubic\) is supported",
+    ),
     "bounds the wrong way": (lambda d: change_json(d / "preprocessor_config.json", max_pixels=1), "min ≤ max"),
 }
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import shutil
 from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -234,6 +236,14 @@ def test_a_sidecar_of_another_model_is_not_the_one() -> None:
     assert first.fingerprint == MODEL
     with pytest.raises(MismatchError, match="the others serve"):
         first.meet(info("0" * 64))
+
+
+def test_a_checkpoint_whose_preprocessing_no_sidecar_follows_is_refused(toy_checkpoint: Path, tmp_path: Path) -> None:
+    checkpoint = shutil.copytree(toy_checkpoint, tmp_path / "copy")
+    path = checkpoint / "preprocessor_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "do_resize": False}))
+    with pytest.raises(MismatchError, match="do_resize is false; only true is supported"):
+        Model.of(str(checkpoint), "").meet(info())
 
 
 @pytest.mark.parametrize(("width", "merge"), [(16, 2), (8, 4), (8, 0)])

@@ -39,7 +39,7 @@ def by_export(directory: Path) -> str:
 
 
 def by_vllm(directory: Path) -> str:
-    return checkpoint_fingerprint(directory, pixel_spec(directory))
+    return checkpoint_fingerprint(directory, pixel_spec(directory, tower_of(directory)))
 
 
 def tower_of(directory: Path) -> TowerSpec:
@@ -70,7 +70,7 @@ def info(tower: TowerSpec, pixels: PixelSpec, fingerprint: str) -> pb.InfoRespon
 
 
 def info_of(directory: Path, fingerprint: str) -> pb.InfoResponse:
-    return info(tower_of(directory), pixel_spec(directory), fingerprint)
+    return info(tower_of(directory), pixel_spec(directory, tower_of(directory)), fingerprint)
 
 
 @pytest.fixture
@@ -165,6 +165,17 @@ def test_weights_that_cannot_be_read_prove_nothing(
         ours = identity(checkpoint)
     assert not ours.proven and ours.expected is None
     assert said in caplog.text and "only its structure can be compared" in caplog.text
+
+
+@pytest.mark.parametrize("given", [None, FIRST], ids=["", "with the operator's word"])
+def test_preprocessing_that_no_sidecar_follows_is_refused(checkpoint: Path, given: str | None) -> None:
+    path = checkpoint / "preprocessor_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"resample": 0}))
+    ours = identity(checkpoint, given)
+    with pytest.raises(MismatchError, match="resample is 0; only 3 .bicubic. is supported"):
+        ours.meet(info(tower_of(checkpoint), PixelSpec(), FIRST))
+    with pytest.raises(MismatchError, match="resample is 0"):
+        ours.check(FIRST)
 
 
 def test_made_up_weights_prove_nothing(toy_checkpoint: Path) -> None:

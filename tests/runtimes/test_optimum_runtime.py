@@ -262,6 +262,12 @@ def test_without_preprocessing_nothing_is_guessed(directory: Path) -> None:
     assert adopt_optimum(directory).manifest.pixels.image_mean == (0.1, 0.2, 0.3)
 
 
+def test_preprocessing_that_the_sidecar_does_not_follow_is_refused(directory: Path) -> None:
+    change_json(directory / "preprocessor_config.json", do_center_crop=True)
+    with pytest.raises(ArtifactError, match="do_center_crop is true"):
+        adopt_optimum(directory)
+
+
 def test_another_model_or_a_broken_config_is_refused(directory: Path) -> None:
     change_json(directory / "config.json", model_type="qwen2_vl")
     with pytest.raises(ArtifactError, match="qwen2_vl"):

@@ -8,6 +8,7 @@ from sidecar.integrations.checkpoint import checkpoint_directory, checkpoint_fin
 from sidecar.pb import encoder_pb2
 from sidecar.replies import ClientError, Embedding
 from sidecar.vision.dtypes import all_finite
+from sidecar.vision.spec import SpecError
 
 logger = logging.getLogger(__name__)
 
@@ -27,9 +28,23 @@ class Model:
         fingerprint: of prefill's checkpoint where that lies on this host, as given, or of the first sidecar that was met.
     """
 
-    def __init__(self, fingerprint: str = "", *, proven: bool = False, shape: tuple[int, int] | None = None) -> None:
-        """`shape`: an embedding's width, and how many patches a side become one row."""
+    def __init__(
+        self,
+        fingerprint: str = "",
+        *,
+        proven: bool = False,
+        shape: tuple[int, int] | None = None,
+        unsupported: str = "",
+    ) -> None:
+        """
+        Args:
+            fingerprint: see above; empty if it is not known yet.
+            proven: whether the fingerprint is the checkpoint's own, or the operator's word.
+            shape: an embedding's width, and how many patches a side become one row.
+            unsupported: why no sidecar can follow the checkpoint's preprocessing; empty if one can.
+        """
         self.fingerprint = fingerprint
+        self._unsupported = unsupported
         self._proven = proven
         self._shape = shape
 
@@ -52,7 +67,10 @@ class Model:
         try:
             tower = tower_spec(directory)
             shape = tower.out_hidden_size, tower.spatial_merge_size
-            return cls(checkpoint_fingerprint(directory, pixel_spec(directory)), proven=True, shape=shape)
+            pixels = pixel_spec(directory, tower)
+            return cls(checkpoint_fingerprint(directory, pixels), proven=True, shape=shape)
+        except SpecError as error:
+            return cls(unsupported=f"no sidecar can stand in for the checkpoint {checkpoint}: {error}")
         except (OSError, ValueError, KeyError) as error:
             logger.warning(
                 "no fingerprint of %s: %s; the sidecars are compared with one another only", checkpoint, error
@@ -63,8 +81,11 @@ class Model:
         """Learn from a sidecar what embeddings look like.
 
         Raises:
-            MismatchError: if it serves another model, or says of this one what another sidecar, or the checkpoint, does not.
+            MismatchError: if it serves another model, or says of this one what another sidecar, or the checkpoint, does not; or
+                if no sidecar can follow the checkpoint's preprocessing.
         """
+        if self._unsupported:
+            raise MismatchError(self._unsupported)
         if self.fingerprint and info.fingerprint != self.fingerprint:
             whose = "this checkpoint's is" if self._proven else "the others serve"
             raise MismatchError(

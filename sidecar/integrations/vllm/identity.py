@@ -13,7 +13,7 @@ from pathlib import Path
 from sidecar.integrations.checkpoint import checkpoint_directory, checkpoint_fingerprint, pixel_spec
 from sidecar.pb import encoder_pb2
 from sidecar.replies import ClientError
-from sidecar.vision.spec import PixelSpec, TowerSpec
+from sidecar.vision.spec import PixelSpec, SpecError, TowerSpec
 
 # vLLM shows what is logged below its own name.
 logger = logging.getLogger("vllm." + __name__)
@@ -40,6 +40,7 @@ class Identity:
         self.proven = given is not None
         self._model, self._revision = model, revision
         self._loads = loads
+        self._unsupported = ""
 
     def establish(self) -> None:
         """Read the checkpoint: seconds for 1.3 GB of weights. To be called once, on a thread."""
@@ -49,7 +50,15 @@ class Identity:
                 "the checkpoint %s is not on this host: which weights vLLM has cannot be proven", self._model
             )
             return
-        self.pixels = pixel_spec(directory)
+        try:
+            self.pixels = pixel_spec(directory, self.tower)
+        except SpecError as error:
+            self._unsupported = f"no sidecar can stand in for this checkpoint's preprocessing: {error}"
+            logger.error("%s", self._unsupported)
+            return
+        except (OSError, ValueError) as error:
+            logger.warning("the processor's configuration of %s cannot be read: %s", self._model, error)
+            return
         if self.proven or not self._loads:
             return
         try:
@@ -62,9 +71,9 @@ class Identity:
         """Compare with what a sidecar says of itself.
 
         Raises:
-            MismatchError: if it cannot stand in for this vLLM's own tower.
+            MismatchError: if it cannot stand in for this vLLM's own tower, or none can for its preprocessing.
         """
-        if self.proven:
+        if self.proven or self._unsupported:
             return self.check(info.fingerprint)
         for name in (
             "depth",
@@ -89,6 +98,8 @@ class Identity:
         """Raises:
         MismatchError: if an embedding is not of this model.
         """
+        if self._unsupported:
+            raise MismatchError(self._unsupported)
         if theirs != self.expected:
             ours = "unknown" if self.expected is None else f"{self.expected[:16]}…"
             raise MismatchError(
