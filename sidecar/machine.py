@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import math
 import os
+import resource
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from sidecar.flags import cpu_list
 
 _ROOT = Path("/")
 _M_ARENA_MAX = -8
+# More than this server can use, and still cheap for code that walks over all possible descriptors.
+_MOST_DESCRIPTORS = 65_536
 
 
 class MachineError(ValueError):
@@ -94,6 +97,19 @@ def share_heap() -> None:
     before there are threads."""
     with suppress(OSError, AttributeError):  # another C library has no such function
         ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)
+
+
+def raise_descriptor_limit() -> int:
+    """Raise the soft limit on open files to the hard limit, at most 65,536, and return the limit that holds now."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _MOST_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, _MOST_DESCRIPTORS)
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return _MOST_DESCRIPTORS if soft == resource.RLIM_INFINITY else soft
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    except (OSError, ValueError):  # a sandbox may forbid it
+        return soft
+    return wanted
 
 
 def return_freed_memory() -> None:

@@ -52,6 +52,9 @@ _RANGES: dict[str, tuple[float, float]] = {
     "max_queue_items": (1, _MAX_INT),
     "max_queue_patches": (1, _MAX_INT),
     "max_held_bytes": (1, _MAX_BYTES),
+    "max_connections": (0, _MAX_INT),
+    "max_connection_calls": (1, _MAX_INT),
+    "connection_idle_seconds": (1, _MAX_SECONDS),
     "store_bytes": (0, _MAX_BYTES),
     "lease_seconds": (0.1, _MAX_SECONDS),
     "url_bytes": (1, _MAX_INT),
@@ -169,6 +172,23 @@ class Settings:
         "callers who do not read their answers cannot fill the memory",
         1 << 30,
         parse=whole,
+    )
+    max_connections: int = setting(
+        "connections that may be open at once, for each address of --listen; more are closed as they arrive. 0: as many as the "
+        "limit on open files allows, at most 1024",
+        0,
+        parse=whole,
+    )
+    max_connection_calls: int = setting(
+        "calls that may be open at once on one connection; a gRPC client sends further ones as these end. Also bounds the time "
+        "that a connection which opens and resets calls can take from others",
+        256,
+        parse=whole,
+    )
+    connection_idle_seconds: float = setting(
+        "how long a connection without a call stays open; clients connect again with their next call",
+        120.0,
+        parse=number,
     )
     store: Path | None = setting(
         "directory of the store, in shared memory, for this sidecar alone; it is swept at start. none: nothing is kept, and "

@@ -40,6 +40,7 @@ class Metrics(Observer):
         self._loop_period_s = 0.0
         self._loop_ticked: float | None = None
         self._loop_lag_s = 0.0
+        self.ended = 0
 
         self._stage_seconds = self._histogram("stage_seconds", "Time of an item in a stage.", _SECONDS, "stage", "lane")
         self._run_patches = self._histogram("run_patches", "Patches in a run.", _PATCHES, "lane")
@@ -52,11 +53,18 @@ class Metrics(Observer):
             "refusals", "Items and whole requests that got an error for an answer.", "reason", "scope"
         )
         self._requests = self._counter("requests", "Calls that have ended.", "method", "code")
+        self._arrived = self._counter(
+            "calls_arrived",
+            "Calls that have reached the server, also those that are reset before their request has arrived.",
+            "service",
+        )
         self._request_seconds = self._histogram("request_seconds", "Time of a call.", _SECONDS, "method")
         self._lag_seconds = self._histogram("event_loop_lag_seconds", "How late the event loop wakes.", _LAG_SECONDS)
 
         for result in ("hit", "miss", "coalesced"):
             self._lookups.labels(result)  # from the first scrape on, so that rates have a zero to start from
+        for service in ("encoder", "health", "other"):
+            self._arrived.labels(service)
         self.registry.register(EngineCollector(self.status))
         ProcessCollector(registry=self.registry)
 
@@ -107,8 +115,13 @@ class Metrics(Observer):
         """A request was turned away as a whole."""
         self._refusals.labels(self._known("reason", reason), "request").inc()
 
+    def arrived(self, service: str) -> None:
+        """A call has reached the server. `service`: encoder, health or other."""
+        self._arrived.labels(service).inc()
+
     def request(self, method: str, code: str, seconds: float) -> None:
         """A call has ended. `method` without its service (`Encode`), `code` as gRPC names it (`OK`, `CANCELLED`)."""
+        self.ended += 1
         method = self._known("method", method)
         self._requests.labels(method, self._known("code", code)).inc()
         self._request_seconds.labels(method).observe(seconds)

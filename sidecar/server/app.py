@@ -12,6 +12,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from typing import Any
 
 import grpc
 from grpc_health.v1 import health_pb2_grpc
@@ -21,15 +22,16 @@ from sidecar.artifact import Artifact
 from sidecar.engine.scheduler import Limits, Scheduler
 from sidecar.engine.store import Store, default_capacity
 from sidecar.engine.store_directory import StoreDirectory
-from sidecar.machine import pin, return_freed_memory, share_heap, usable_cores
+from sidecar.machine import pin, raise_descriptor_limit, return_freed_memory, share_heap, usable_cores
 from sidecar.monitoring.metrics import Metrics
 from sidecar.monitoring.monitor import Monitor
 from sidecar.monitoring.snapshots import LoopSnapshot
 from sidecar.monitoring.tracing import Tracing
 from sidecar.server import health
+from sidecar.server.arrivals import Arrivals
 from sidecar.server.calls import Calls
 from sidecar.server.contents import Preprocessor
-from sidecar.server.listening import bind, is_local
+from sidecar.server.listening import bind, is_local, server_options
 from sidecar.server.loading import choose_variant, load_lanes, open_for, preprocess_threads
 from sidecar.server.model import Model, describe
 from sidecar.server.orders import Orders
@@ -121,8 +123,10 @@ class _App:
 
     def listen(self) -> tuple[grpc.aio.Server, list[str]]:
         settings = self._settings
-        interceptors = [TokenInterceptor(self._tokens, self._calls.turned_away)] if self._tokens else []
-        server = grpc.aio.server(interceptors=interceptors, options=_options(settings))
+        interceptors: list[Any] = [Arrivals(self._metrics)]
+        if self._tokens:
+            interceptors.append(TokenInterceptor(self._tokens, self._calls.turned_away))
+        server = grpc.aio.server(interceptors=interceptors, options=server_options(settings, raise_descriptor_limit()))
         credentials = None
         if settings.tls_cert and settings.tls_key:
             credentials = server_credentials(settings.tls_cert, settings.tls_key, settings.tls_client_ca)
@@ -310,14 +314,3 @@ def _lingering(timeout_s: float) -> list[threading.Thread]:
     for thread in threads:
         thread.join(max(0.0, until - time.perf_counter()))
     return [thread for thread in threads if thread.is_alive()]
-
-
-def _options(settings: Settings) -> list[tuple[str, int]]:
-    return [
-        ("grpc.max_receive_message_length", settings.max_message_bytes),
-        # Without this a second server on the same port would share its connections instead of failing to start.
-        ("grpc.so_reuseport", 0),
-        # Clients may ping once in 10 s to notice a dead connection early.
-        ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
-        ("grpc.keepalive_permit_without_calls", 1),
-    ]

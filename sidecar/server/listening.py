@@ -1,4 +1,4 @@
-"""Addresses: taking them, and refusing those that are somebody else's."""
+"""Addresses: taking them, refusing those that are somebody else's, and what connections to them may cost."""
 
 from __future__ import annotations
 
@@ -6,6 +6,17 @@ import socket
 from pathlib import Path
 
 import grpc
+
+from sidecar.settings import Settings
+
+# What the process needs descriptors for beside connections: the store's files, pictures being fetched, the runtimes, the log.
+_OTHER_DESCRIPTORS = 128
+_MOST_CONNECTIONS, _LEAST_CONNECTIONS = 1024, 8
+# Calls that were received and not yet taken up by the event loop. gRPC answers CANCELLED from the first number on, at random,
+# and always from the second; its own 1000 and 3000 are reached by a dozen connections that open and reset calls. One such call
+# holds about 11 kB and 0.11 ms of the loop, so that the second number stands for 180 MB and 1.8 s.
+_MAY_WAIT, _MUST_NOT_WAIT = 12_288, 16_384
+_HANDSHAKE_MS = 20_000
 
 
 class BindError(OSError):
@@ -30,6 +41,36 @@ def bind(server: grpc.aio.Server, address: str, credentials: grpc.ServerCredenti
     if address.startswith(("unix:", "unix-abstract:")):
         return address
     return f"{address.rpartition(':')[0]}:{port}"
+
+
+def server_options(settings: Settings, descriptors: int) -> list[tuple[str, int]]:
+    """gRPC's channel arguments for the server.
+
+    Args:
+        descriptors: how many files the process may have open.
+    """
+    return [
+        ("grpc.max_receive_message_length", settings.max_message_bytes),
+        # Without this a second server on the same port would share its connections instead of failing to start.
+        ("grpc.so_reuseport", 0),
+        # Clients may ping once in 10 s to notice a dead connection early.
+        ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+        ("grpc.keepalive_permit_without_calls", 1),
+        # A stream that the caller has reset counts until the event loop has taken it up; without a limit, one connection that
+        # opens and resets streams (HTTP/2 rapid reset, CVE-2023-44487) fills the queue of all callers.
+        ("grpc.max_concurrent_streams", settings.max_connection_calls),
+        ("grpc.server.max_pending_requests", _MAY_WAIT),
+        ("grpc.server.max_pending_requests_hard_limit", _MUST_NOT_WAIT),
+        ("grpc.max_allowed_incoming_connections", settings.max_connections or connections_for(settings, descriptors)),
+        ("grpc.max_connection_idle_ms", round(settings.connection_idle_seconds * 1e3)),
+        ("grpc.server_handshake_timeout_ms", _HANDSHAKE_MS),
+    ]
+
+
+def connections_for(settings: Settings, descriptors: int) -> int:
+    """How many connections each address may have open, so that some descriptors are left for everything else."""
+    spare = (descriptors - _OTHER_DESCRIPTORS) // len(settings.listen)
+    return max(_LEAST_CONNECTIONS, min(_MOST_CONNECTIONS, spare))
 
 
 def is_local(address: str) -> bool:
