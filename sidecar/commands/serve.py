@@ -35,9 +35,11 @@ def run(options: argparse.Namespace) -> int:
     from sidecar.server.security import SecurityError
     from sidecar.urls.fetcher import UrlsUnavailable
 
+    as_json = False
     try:
         settings = Settings.from_sources(vars(options))
         configure_logging(settings.log_level, settings.log_format)
+        as_json = settings.log_format == "json"
         if unknown := Settings.unknown_variables():
             logging.getLogger(__name__).warning("no setting has these variables: %s", ", ".join(unknown))
         drained = asyncio.run(serve(settings))
@@ -48,7 +50,10 @@ def run(options: argparse.Namespace) -> int:
         *(ArtifactError, MachineError, OSError, RuntimeFault),
         *(SecurityError, SettingsError, UrlsUnavailable),
     ) as error:
-        print_error(f"sidecar serve: {error}")
+        if as_json:  # a log's every line has its form
+            logging.getLogger(__name__).critical("sidecar serve: %s", error)
+        else:
+            print_error(f"sidecar serve: {error}")
         return BAD_ARGUMENTS
     if not drained:
         # A run cannot be stopped, and a runtime that is torn down under one may crash the process or keep it for minutes.

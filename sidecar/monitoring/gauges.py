@@ -10,6 +10,7 @@ from prometheus_client.registry import Collector
 
 from sidecar import __version__
 from sidecar.engine.status import CostCurve, EngineStatus, LaneStatus, StoreStatus
+from sidecar.monitoring.log_writer import dropped
 
 # One picture of 448×448: what the predicted cost is quoted for.
 PREDICTED_PATCHES = 1024
@@ -36,6 +37,17 @@ class EngineCollector(Collector):
         yield from _lanes(status.lanes)
         if status.store is not None:
             yield from _store(status.store)
+
+
+class LogCollector(Collector):
+    """What the log has lost."""
+
+    def collect(self) -> Iterable[Metric]:
+        help_text = "Log lines that were not written: the reader was too slow, or a library wrote too many."
+        family = CounterMetricFamily("epd_encoder_log_lines_dropped", help_text, labels=["reason"])
+        for reason, lines in dropped().items():
+            family.add_metric([reason], lines)
+        yield family
 
 
 def _queue(status: EngineStatus) -> Iterator[Metric]:

@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessColl
 
 from sidecar.engine.observer import Observer, StageTimes
 from sidecar.engine.status import EngineStatus
-from sidecar.monitoring.gauges import EngineCollector
+from sidecar.monitoring.gauges import EngineCollector, LogCollector
 from sidecar.monitoring.recent import STAGES, Recent
 
 EMBEDDING = "embedding"
@@ -66,6 +66,7 @@ class Metrics(Observer):
         for service in ("encoder", "health", "other"):
             self._arrived.labels(service)
         self.registry.register(EngineCollector(self.status))
+        self.registry.register(LogCollector())
         ProcessCollector(registry=self.registry)
 
     def watch(self, snapshot: Callable[[], EngineStatus]) -> None:

@@ -10,11 +10,17 @@ import json
 import logging
 import re
 import sys
+import threading
+import warnings
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
+from types import TracebackType
 from typing import Any, Literal
 
 from sidecar.engine.observer import StageTimes
+from sidecar.monitoring.log_writer import OWN, LogWriter
+
+logger = logging.getLogger(__name__)
 
 LogFormat = Literal["text", "json"]
 LOG_FORMATS: tuple[LogFormat, ...] = ("text", "json")
@@ -66,16 +72,36 @@ class RequestRecord:
 
 
 def configure_logging(level: str, format: LogFormat) -> None:
-    """All logs go to stderr, from `level` (debug, info, …) on; what was configured before is replaced.
+    """Send all logs to stderr; what was configured before is replaced.
+
+    Python's warnings and exceptions that nobody catches go through the log too, so that each line has its form.
+
+    Args:
+        level: debug, info, warning or error, of this project's lines. Libraries' are taken from warning on: at finer levels they
+            tell of callers' pictures, line by line.
 
     Raises:
         ValueError: if level or format is not known.
     """
     if format not in LOG_FORMATS:
         raise ValueError(f"must be one of {', '.join(LOG_FORMATS)}, got {format!r}")
-    handler = logging.StreamHandler(sys.stderr)
+    logging.getLogger(OWN).setLevel(level.upper())
+    handler = LogWriter()
     handler.setFormatter(JsonFormatter() if format == "json" else TextFormatter())
-    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    logging.captureWarnings(True)
+    # Pillow warns of each odd picture that a caller sends, in words that differ, and Python remembers every one of them.
+    warnings.filterwarnings("ignore", module=r"PIL\b")
+    sys.excepthook = _log_uncaught
+    threading.excepthook = lambda raised: _log_uncaught(raised.exc_type, raised.exc_value, raised.exc_traceback)
+    sys.unraisablehook = lambda raised: _log_uncaught(raised.exc_type, raised.exc_value, raised.exc_traceback)
+
+
+def _log_uncaught(kind: type[BaseException], error: BaseException | None, traceback: TracebackType | None, /) -> None:
+    if issubclass(kind, SystemExit):
+        return
+    raised = error or kind()
+    logger.critical("an error that nothing caught", exc_info=(kind, raised, traceback))
 
 
 class TextFormatter(logging.Formatter):

@@ -6,6 +6,9 @@ import io
 import json
 import logging
 import re
+import sys
+import threading
+import warnings
 from collections.abc import Iterator
 from datetime import datetime
 
@@ -68,10 +71,16 @@ def json_log() -> Log:
 
 @pytest.fixture
 def root_logger() -> Iterator[logging.Logger]:
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    yield root
-    root.handlers[:], root.level = handlers, level
+    root, own = logging.getLogger(), logging.getLogger("sidecar")
+    handlers, levels = root.handlers[:], (root.level, own.level)
+    hooks = sys.excepthook, threading.excepthook, sys.unraisablehook
+    with warnings.catch_warnings():
+        yield root
+        logging.captureWarnings(False)
+    sys.excepthook, threading.excepthook, sys.unraisablehook = hooks
+    root.handlers[:] = handlers
+    root.setLevel(levels[0])
+    own.setLevel(levels[1])
 
 
 def test_a_request_is_one_line_for_people(text: Log) -> None:
@@ -161,8 +170,9 @@ def test_configuring_takes_over_the_whole_log(
 ) -> None:
     configure_logging("warning", format)
     configure_logging("info", format)
-    logging.getLogger("anything").info("said once")
-    logging.getLogger("anything").debug("not said")
+    logging.getLogger("sidecar.anything").info("said once")
+    logging.getLogger("sidecar.anything").debug("not said")
+    logging.getLogger("a.library").info("nor this")
     said = capsys.readouterr()
     assert said.out == ""
     assert len(said.err.splitlines()) == 1
@@ -174,3 +184,47 @@ def test_settings_that_cannot_be_are_refused(root_logger: logging.Logger) -> Non
         configure_logging("info", "xml")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="LOUD"):
         configure_logging("loud", "text")
+
+
+def test_everything_that_python_says_has_the_logs_form(
+    root_logger: logging.Logger, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Warnings, and what nothing catches in threads, finalizers and the main thread."""
+    configure_logging("info", "json")
+    for number in range(3):
+        warnings.warn(f"odd thing {number}", UserWarning, stacklevel=1)
+
+    def fail() -> None:
+        raise ValueError("in a thread")
+
+    thread = threading.Thread(target=fail)
+    thread.start()
+    thread.join()
+
+    class Unlucky:
+        def __del__(self) -> None:
+            raise ValueError("in a finalizer")
+
+    Unlucky()
+    sys.excepthook(ValueError, ValueError("in the main thread"), None)
+    logging.getLogger().handlers[0].flush()
+    said = [json.loads(line) for line in capfd.readouterr().err.splitlines()]
+    assert ["odd thing" in entry["message"] for entry in said] == [True] * 3 + [False] * 3
+    for entry, where in zip(said[3:], ("thread", "finalizer", "main thread"), strict=True):
+        assert f"ValueError: in a {where}".replace("a main", "the main") in entry["exception"]
+
+
+def test_pictures_do_not_fill_the_log_with_warnings(
+    root_logger: logging.Logger, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Pillow warns of each odd picture in words that differ."""
+    configure_logging("debug", "json")
+    for number in range(1000):
+        warnings.warn_explicit(f"Corrupt EXIF data: {number}", UserWarning, "PIL/ExifTags.py", 1, "PIL.ExifTags")
+        logging.getLogger("PIL.PngImagePlugin").debug("STREAM b'IHDR' %d", number)
+    for number in range(1000):
+        warnings.warn(f"another library's warning {number}", UserWarning, stacklevel=1)
+    logging.getLogger().handlers[0].flush()
+    said = [json.loads(line)["message"] for line in capfd.readouterr().err.splitlines()]
+    assert 20 <= len(said) <= 22
+    assert all("another library's warning" in message for message in said)
