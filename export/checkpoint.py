@@ -2,53 +2,38 @@
 
 A checkpoint is a directory or a hub id, in any layout that Hugging Face publishes or saves: one safetensors file or
 shards, names under `visual.` or `model.visual.`, configuration flat or nested. Of the weights only the vision tensors
-are read, and only when asked for; the language model beside them costs no time, no memory and no
-transfer from the hub.
+are read (`sidecar.vision.vision_tensors` finds them), and only when asked for; the language model beside them costs no
+time, no memory and no transfer from the hub.
 
-Everything is verified against the project's own `Tower` before a weight is transferred: what opens is complete, of the
+Everything is verified against the sizes in config.json before a weight is transferred: what opens is complete, of the
 right shapes and in floating point.
 """
 
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Callable, Iterator, Mapping
 from functools import reduce
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from export.files import CheckpointError, Files, LocalFiles, StoredTensor
+from export.files import Files, LocalFiles
 from export.hub import HubFiles
+from sidecar.vision.checkpoint_files import CheckpointError
 from sidecar.vision.processors import pixel_spec, processor_configs
-from sidecar.vision.spec import VISION_PREFIXES, PixelSpec, TowerSpec
-from sidecar.vision.tower import Tower
+from sidecar.vision.spec import PixelSpec, TowerSpec
+from sidecar.vision.vision_tensors import DTYPES, Found, find_tensors, no_checkpoint
 
 __all__ = ["Checkpoint", "CheckpointError", "open_checkpoint"]
 
 logger = logging.getLogger(__name__)
 
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
-_PICKLED_FILES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
-_SHARD_NAME = re.compile(r"[A-Za-z0-9._-]+\.safetensors")
-
-# safetensors' codes of the dtypes that a tower may be stored in.
-_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-
 # Told (bytes so far, bytes in all) while weights are transferred.
 Progress = Callable[[int, int], None]
-
-
-class _Found(NamedTuple):
-    """A vision tensor and the shard that holds it."""
-
-    shard: str
-    stored: StoredTensor
 
 
 class Checkpoint:
@@ -69,7 +54,7 @@ class Checkpoint:
         tower: TowerSpec,
         pixels: PixelSpec,
         files: Files,
-        found: Mapping[str, _Found],
+        found: Mapping[str, Found],
         shards: Mapping[str, Path],
         random_weights: bool,
     ) -> None:
@@ -78,20 +63,21 @@ class Checkpoint:
         self.source = files.source
         self.random_weights = random_weights
         self.names = tuple(sorted(found))
-        self.dtype = reduce(torch.promote_types, {_DTYPES[each.stored.dtype] for each in found.values()})
+        self.dtype = reduce(torch.promote_types, {getattr(torch, DTYPES[each.stored.dtype]) for each in found.values()})
         self._found = found
         # Opening maps a file into memory; its pages are read when a tensor is used.
         self._opened = {shard: _open(path, f"{shard} of {files.source}") for shard, path in shards.items()}
 
     def tensor(self, name: str) -> Tensor:
-        """One weight as it is stored: its dtype unchanged, its memory mapped from the file and read at first use.
+        """One weight as it is stored: its memory mapped from the file and read at first use, its dtype unchanged. Only
+        float64 is rounded to float32, in memory of its own.
 
         Raises:
             KeyError: if `name` is not in `names`.
         """
         shard, stored = self._found[name]
         tensor: Tensor = self._opened[shard].get_tensor(stored.name)
-        return tensor
+        return tensor.float() if tensor.dtype is torch.float64 else tensor
 
     def close(self) -> None:
         """Let go of the files; tensors already handed out keep theirs mapped as long as they live."""
@@ -122,7 +108,7 @@ def open_checkpoint(
     files = _files(model, revision, cache_dir)
     config = files.json("config.json")
     if config is None:
-        raise CheckpointError(f"{files.source} has no config.json: give the directory that holds a whole checkpoint")
+        raise CheckpointError(no_checkpoint(files))
     try:
         tower = _tower_spec(config)
         pixels = _pixel_spec(files, tower)
@@ -131,8 +117,7 @@ def open_checkpoint(
     except (ValueError, TypeError, AttributeError) as error:  # SpecError, and values of types that no number has
         raise CheckpointError(f"{files.source}: {error}") from error
 
-    found = _find(files)
-    _verify(found, tower, pixels, config, files.source)
+    found = find_tensors(files, tower, config)
 
     total = sum(each.stored.end - each.stored.start for each in found.values())
     done = 0
@@ -181,94 +166,6 @@ def _pixel_spec(files: Files, tower: TowerSpec) -> PixelSpec:
     if image is None:
         logger.warning("%s has no image processor configuration: Qwen2.5-VL's defaults are assumed", files.source)
     return pixel_spec(image, video, tower)
-
-
-def _canonical(name: str) -> str | None:
-    """The tensor's name in `Tower.state_dict()`, None if it is none of the vision tower's."""
-    return next((name.removeprefix(prefix) for prefix in VISION_PREFIXES if name.startswith(prefix)), None)
-
-
-def _find(files: Files) -> dict[str, _Found]:
-    """All vision tensors by canonical name, from the index and the headers of those shards that hold any."""
-    found: dict[str, _Found] = {}
-    for shard, claimed in _shards(files).items():
-        held = {tensor.name: tensor for tensor in files.header(shard) if _canonical(tensor.name) is not None}
-        for name in sorted(claimed - held.keys()):
-            raise CheckpointError(
-                f"{files.source}: {INDEX_FILE} places {name} in {shard}, which lacks it; download both again"
-            )
-        for stored in held.values():
-            name = _canonical(stored.name) or ""
-            if name in found:
-                raise CheckpointError(f"{files.source} holds {name} twice: in {found[name].shard} and in {shard}")
-            found[name] = _Found(shard, stored)
-    if not found:
-        raise CheckpointError(
-            f"{files.source} holds no vision tensors (none is named visual.* or model.visual.*): give a whole "
-            "Qwen2.5-VL checkpoint, not a text model or an adapter"
-        )
-    return found
-
-
-def _shards(files: Files) -> dict[str, set[str]]:
-    """Safetensors files that hold vision tensors, each with the tensors that the index places there (none without an
-    index). Where there are both, the index goes before the single file, as in vLLM.
-    """
-    index = files.json(INDEX_FILE)
-    if index is None:
-        if files.exists(SINGLE_FILE):
-            return {SINGLE_FILE: set()}
-        if any(files.exists(name) for name in _PICKLED_FILES):
-            raise CheckpointError(
-                f"{files.source} holds its weights as pytorch_model.bin (pickle), which can neither be read in part "
-                "nor be trusted: give a checkpoint in safetensors, such as transformers' save_pretrained writes"
-            )
-        raise CheckpointError(f"{files.source} has no weights: expected {SINGLE_FILE} or {INDEX_FILE} with its shards")
-    weight_map = index.get("weight_map")
-    if not isinstance(weight_map, dict):
-        raise CheckpointError(f"{INDEX_FILE} of {files.source} has no weight_map: download it again")
-    claimed: dict[str, set[str]] = {}
-    for name, shard in weight_map.items():
-        if _canonical(name) is not None:
-            if not isinstance(shard, str) or not _SHARD_NAME.fullmatch(shard):
-                raise CheckpointError(
-                    f"{INDEX_FILE} of {files.source} names {shard!r}, which is no file name of a shard"
-                )
-            claimed.setdefault(shard, set()).add(name)
-    return claimed
-
-
-def _verify(
-    found: Mapping[str, _Found], spec: TowerSpec, pixels: PixelSpec, config: Mapping[str, Any], source: str
-) -> None:
-    with torch.device("meta"):
-        expected = {name: tuple(tensor.shape) for name, tensor in Tower(spec, pixels).state_dict().items()}
-    narrow = [
-        f"{each.stored.name} ({each.stored.dtype})" for each in found.values() if each.stored.dtype not in _DTYPES
-    ]
-    if narrow:
-        method = (config.get("quantization_config") or {}).get("quant_method", "")
-        raise CheckpointError(
-            f"{source} has a quantised vision tower{f' ({method})' if method else ''}: {_some(narrow)}. Give the "
-            f"checkpoint that it was made from, or one whose vision tensors stayed in {', '.join(_DTYPES)}"
-        )
-    if extra := sorted(found.keys() - expected.keys()):
-        raise CheckpointError(
-            f"{source} has vision tensors that no Qwen2.5-VL tower of its config.json has: {_some(extra)}"
-        )
-    if missing := sorted(expected.keys() - found.keys()):
-        raise CheckpointError(f"{source} lacks vision tensors that its config.json calls for: {_some(missing)}")
-    wrong = [
-        f"{name} is {found[name].stored.shape} instead of {shape}"
-        for name, shape in expected.items()
-        if found[name].stored.shape != shape
-    ]
-    if wrong:
-        raise CheckpointError(f"{source} has vision tensors of other shapes than its config.json says: {_some(wrong)}")
-
-
-def _some(entries: list[str]) -> str:
-    return ", ".join(entries[:3]) + (f" and {len(entries) - 3} more" if len(entries) > 3 else "")
 
 
 def _open(path: Path, where: str) -> Any:

@@ -36,12 +36,13 @@ from huggingface_hub.errors import (
 # Public, but re-exported lazily, which mypy does not follow.
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff  # type: ignore[attr-defined]
 
-from export.files import (
+from export.files import pack_header
+from sidecar.vision.checkpoint_files import (
     PREAMBLE_BYTES,
+    AbsentError,
     CheckpointError,
     StoredTensor,
     header_length,
-    pack_header,
     parse_header,
     parse_json,
     read_header,
@@ -84,6 +85,7 @@ class HubFiles:
                 raise CheckpointError(f"{repo_id} has no config.json, so it is no Hugging Face checkpoint") from error
         # The cache's published layout: <repository>/snapshots/<commit>/<file>.
         self._commit = config.parent.name
+        self._snapshot = config.parent
         self._vision = config.parents[2] / "vision" / self._commit
         self.source = f"{repo_id}@{self._commit}"
 
@@ -94,8 +96,21 @@ class HubFiles:
     def exists(self, name: str) -> bool:
         if self._at_hand(name):
             return True
+        if constants.HF_HUB_OFFLINE:
+            return False
         with self._explained(name):
             return HfApi().file_exists(self._repo_id, name, revision=self._commit)
+
+    def shards(self) -> list[str]:
+        if constants.HF_HUB_OFFLINE:
+            directories = (self._snapshot, self._vision)
+            if held := {path.name for directory in directories for path in directory.glob("*.safetensors")}:
+                return sorted(held)
+            raise CheckpointError(self._explanation(OfflineModeIsEnabled(), "model.safetensors"))
+        with self._explained("its list of files"):
+            siblings = HfApi().model_info(self._repo_id, revision=self._commit).siblings or []
+        names = (sibling.rfilename for sibling in siblings)
+        return sorted(name for name in names if name.endswith(".safetensors") and "/" not in name)
 
     def header(self, shard: str) -> list[StoredTensor]:
         where = f"{shard} of {self.source}"
@@ -112,7 +127,7 @@ class HubFiles:
                 logger.warning("%s does not serve byte ranges: downloading %s whole", constants.ENDPOINT, shard)
                 path = self._download(shard)
             if path is None:
-                raise CheckpointError(f"{self.source} lacks {shard}")
+                raise AbsentError(f"{self.source} lacks {shard}")
         return read_header(path, where)
 
     def fetch(self, shard: str, tensors: Iterable[StoredTensor], received: Callable[[int], None]) -> Path:
@@ -220,7 +235,7 @@ class HubFiles:
         except LocalEntryNotFoundError as error:
             raise CheckpointError(self._explanation(error, name)) from error
         except EntryNotFoundError as error:
-            raise CheckpointError(f"{self._repo_id} lacks {name}, which its index lists") from error
+            raise AbsentError(f"{self._repo_id} lacks {name}, which its index lists") from error
         except Exception as error:  # what the HTTP client raises varies with the hub library's version
             if isinstance(error, OSError) and error.errno is not None:  # our own disk
                 raise

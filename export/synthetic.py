@@ -22,11 +22,11 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from export.checkpoint import INDEX_FILE, SINGLE_FILE
 from export.files import pack_header
 from export.synthetic_config import DType, Kind, model_config, write_configs, write_json, write_tokenizer
 from sidecar.vision.spec import PixelSpec, TowerSpec
 from sidecar.vision.tower import Tower
+from sidecar.vision.vision_tensors import INDEX_FILE, SINGLE_FILE
 
 __all__ = ["DType", "Kind", "Layout", "make_checkpoint", "synthetic_kind"]
 

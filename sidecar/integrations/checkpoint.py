@@ -7,19 +7,16 @@ from __future__ import annotations
 
 import json
 import mmap
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from sidecar.artifact import fingerprint, tensor_hash
 from sidecar.vision import processors
-from sidecar.vision.spec import VISION_PREFIXES, PixelSpec, TowerSpec
-
-_INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
-# What export reads, by safetensors' names and by torch's.
-_FLOATS = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
-_LENGTH_BYTES = 8
+from sidecar.vision.checkpoint_files import LocalFiles, StoredTensor
+from sidecar.vision.spec import PixelSpec, TowerSpec
+from sidecar.vision.vision_tensors import DTYPES, find_tensors
 
 
 def checkpoint_directory(model: str, revision: str | None) -> Path | None:
@@ -57,42 +54,26 @@ def tower_spec(directory: Path) -> TowerSpec:
 
 
 def checkpoint_fingerprint(directory: Path, pixels: PixelSpec) -> str:
-    """As export computes it.
+    """Compute a checkpoint's fingerprint as export does.
 
     Raises:
         OSError, ValueError, KeyError: if the vision tensors cannot be read, or are no floats.
     """
-    tower = tower_spec(directory)
-    index = directory / _INDEX
-    shards = {_SINGLE}
-    if index.is_file():
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        shards = {shard for name, shard in weight_map.items() if name.startswith(VISION_PREFIXES)}
-    hashes = {name: value for shard in sorted(shards) for name, value in _hashes(directory / shard)}
-    if not hashes:
-        raise ValueError("it holds no vision tensors in safetensors")
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    tower = TowerSpec.from_config(config)
+    found = find_tensors(LocalFiles(directory), tower, config)
+    hashes = {}
+    for shard in sorted({each.shard for each in found.values()}):
+        with (directory / shard).open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapping:
+            for name, each in found.items():
+                if each.shard == shard:
+                    hashes[name] = _hash(each.stored, mapping)
     return fingerprint(tower, pixels, hashes)
 
 
-def _hashes(shard: Path) -> Iterator[tuple[str, str]]:
-    """Name, without its prefix, and hash of each vision tensor (https://huggingface.co/docs/safetensors, "Format").
-
-    Raises:
-        OSError, ValueError: if it cannot be read, is no safetensors file, or a vision tensor is of another type.
-    """
-    with shard.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapping:
-        start = _LENGTH_BYTES + int.from_bytes(mapping[:_LENGTH_BYTES], "little")
-        if start > len(mapping):
-            raise ValueError(f"{shard.name} is no safetensors file, or a part of one")
-        with memoryview(mapping) as bytes_of_file:
-            for name, tensor in json.loads(mapping[_LENGTH_BYTES:start]).items():
-                prefix = next((prefix for prefix in VISION_PREFIXES if name.startswith(prefix)), None)
-                if prefix is None:
-                    continue
-                if tensor["dtype"] not in _FLOATS:
-                    raise ValueError(f"{name} is stored in {tensor['dtype']}, not as the floats that export reads")
-                begin, end = (start + offset for offset in tensor["data_offsets"])
-                if end > len(mapping):
-                    raise ValueError(f"{shard.name} is cut short: {name} ends behind its end")
-                with bytes_of_file[begin:end] as values:
-                    yield name.removeprefix(prefix), tensor_hash(_FLOATS[tensor["dtype"]], tensor["shape"], values)
+def _hash(stored: StoredTensor, mapping: mmap.mmap) -> str:
+    with memoryview(mapping) as file, file[stored.start : stored.end] as values:
+        if stored.dtype == "F64":
+            narrow = np.frombuffer(values, "<f8").astype("<f4")
+            return tensor_hash(DTYPES["F64"], stored.shape, narrow.tobytes())
+        return tensor_hash(DTYPES[stored.dtype], stored.shape, values)

@@ -7,6 +7,7 @@ on demand.
 
 from __future__ import annotations
 
+import json
 import re
 import threading
 from collections.abc import Iterator
@@ -81,7 +82,9 @@ class _Handler(BaseHTTPRequestHandler):
             return
         found = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
         repo, revision, file = found.groups() if found else ("", "", path)
-        if mirror.fails_with:
+        if path == f"/api/models/{REPO}/revision/{COMMIT}":
+            self._send_listing()
+        elif mirror.fails_with:
             self._send_head(file, mirror.fails_with)
         elif repo != REPO or (mirror.token and self._token() != mirror.token):
             self._send_head(file, 401, {"X-Error-Code": "RepoNotFound"})
@@ -97,6 +100,12 @@ class _Handler(BaseHTTPRequestHandler):
             self._send_head(file, 302, {"Location": f"{mirror.storage_url}/{file}", **linked})
         else:
             self._send_file(file)
+
+    def _send_listing(self) -> None:
+        names = sorted(path.name for path in self.mirror.directory.iterdir())
+        body = json.dumps({"id": REPO, "sha": COMMIT, "siblings": [{"rfilename": name} for name in names]}).encode()
+        self._send_head("", 200, {"Content-Type": "application/json"}, body=len(body))
+        self.wfile.write(body)
 
     def _token(self) -> str | None:
         return (self.headers.get("Authorization") or "").removeprefix("Bearer ") or None

@@ -240,13 +240,13 @@ FILE_FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "index is a list": (lambda d: (d / INDEX).write_text("[]"), "must be a JSON object, got list"),
     "index without a map": (lambda d: (d / INDEX).write_text("{}"), "has no weight_map"),
     "index leads outside": (lambda d: remap(d, "../x.safetensors"), "'../x.safetensors', which is no file name"),
-    "index misplaces": (
-        lambda d: remap(d, "model-00004-of-00004.safetensors"),
-        "places .* in model-00004.*, which lacks it",
+    "index does not list the shard": (
+        lambda d: unlist(d, first_shard(d).name),
+        rf"lacks vision tensors .* {INDEX} does not list model-00001.*: if they are there, remove that file",
     ),
-    "no weights": (lambda d: (d / INDEX).unlink(), r"has no weights: expected model\.safetensors or"),
+    "no weights": (lambda d: (d / INDEX).unlink() or no_shards(d), r"has no weights: expected model\.safetensors or"),
     "pickled weights": (
-        lambda d: (d / INDEX).rename(d / "pytorch_model.bin"),
+        lambda d: (d / INDEX).rename(d / "pytorch_model.bin") and no_shards(d),
         r"\(pickle\).* give a checkpoint in safetensors",
     ),
     "config absent": (lambda d: (d / "config.json").unlink(), r"has no config\.json"),
@@ -268,6 +268,16 @@ FILE_FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
 
 def first_shard(directory: Path) -> Path:
     return min(directory.glob("model-00001-*"))
+
+
+def no_shards(directory: Path) -> None:
+    for shard in directory.glob("*.safetensors"):
+        shard.unlink()
+
+
+def unlist(directory: Path, shard: str) -> None:
+    weight_map = json.loads((directory / INDEX).read_text())["weight_map"]
+    change_json(directory / INDEX, weight_map={name: file for name, file in weight_map.items() if file != shard})
 
 
 def remap(directory: Path, shard: str) -> None:

@@ -19,9 +19,11 @@ import torch
 from huggingface_hub import constants, hf_hub_download
 from safetensors.torch import load, save_file
 
-from export.checkpoint import VISION_PREFIXES, Checkpoint, CheckpointError, open_checkpoint
-from export.files import pack_header, read_header
+from export.checkpoint import Checkpoint, CheckpointError, open_checkpoint
+from export.files import pack_header
 from export.synthetic import Layout, make_checkpoint
+from sidecar.vision.checkpoint_files import read_header
+from sidecar.vision.spec import VISION_PREFIXES
 from tests.export.hub_mirror import COMMIT, REPO, Mirror, hub_mirror
 
 
@@ -241,12 +243,26 @@ def test_damaged_repositories_are_explained(hub: Mirror, tmp_path: Path) -> None
     with pytest.raises(CheckpointError, match=r"lacks model-00001.*, which its index lists"):
         open_checkpoint(REPO, cache_dir=tmp_path / "3")
     (hub.directory / "model.safetensors.index.json").unlink()
+    with pytest.raises(CheckpointError, match=r"lacks vision tensors that its config\.json calls for"):
+        open_checkpoint(REPO, cache_dir=tmp_path / "4")
+    for shard in hub.directory.glob("*.safetensors"):
+        shard.unlink()
     (hub.directory / "pytorch_model.bin").write_bytes(b"pickle")
     with pytest.raises(CheckpointError, match=r"pytorch_model\.bin \(pickle\).* give a checkpoint in safetensors"):
         open_checkpoint(REPO, cache_dir=tmp_path / "4")
     (hub.directory / "config.json").unlink()
     with pytest.raises(CheckpointError, match=r"has no config.json"):
         open_checkpoint(REPO, cache_dir=tmp_path / "5")
+
+
+def test_shards_without_an_index_are_found_also_offline(
+    hub: Mirror, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = len(open_checkpoint(REPO, cache_dir=tmp_path / "indexed"))
+    (hub.directory / "model.safetensors.index.json").unlink()
+    assert len(open_checkpoint(REPO, cache_dir=tmp_path / "cache")) == expected
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert len(open_checkpoint(REPO, cache_dir=tmp_path / "cache")) == expected
 
 
 def test_environment_variables_choose_the_hub(hub: Mirror, tmp_path: Path) -> None:

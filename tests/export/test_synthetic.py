@@ -16,8 +16,8 @@ from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
 from export import synthetic, synthetic_config
 from export.checkpoint import Checkpoint, open_checkpoint
-from export.files import read_header
 from export.synthetic import Layout, make_checkpoint, synthetic_kind
+from sidecar.vision.checkpoint_files import read_header
 from sidecar.vision.grid import Grid
 from sidecar.vision.tower import Tower
 from sidecar.vision.windows import plan_windows

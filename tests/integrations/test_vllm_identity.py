@@ -150,7 +150,7 @@ def without_vision(tensors: dict[str, torch.Tensor]) -> None:
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
-        (lambda directory: change(directory, quantised), f"{WEIGHT} is stored in F8_E4M3"),
+        (lambda directory: change(directory, quantised), f"quantised vision tower: {WEIGHT} (F8_E4M3)"),
         (lambda directory: change(directory, without_vision), "no vision tensors"),
         (lambda directory: (directory / "model.safetensors").unlink(), "model.safetensors"),
         (lambda directory: (directory / "model.safetensors").write_bytes(b"torn"), "fingerprint"),
