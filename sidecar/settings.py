@@ -45,6 +45,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "preprocess_threads": (0, _MAX_INT),
     "warm_up_seconds": (0, _MAX_SECONDS),
     "max_message_bytes": (1, _MAX_INT),
+    "message_seconds": (0.1, _MAX_SECONDS),
     "max_items": (1, _MAX_INT),
     "max_image_pixels": (1, _MAX_INT),
     "max_frames": (1, _MAX_INT),
@@ -147,6 +148,9 @@ class Settings:
         "largest request accepted. The whole of it is in memory at once, so it bounds what one caller can make us hold",
         64 << 20,
         parse=whole,
+    )
+    message_seconds: float = setting(
+        "longest that one request may take to arrive; it bounds how long half of one can be held", 60.0, parse=number
     )
     max_items: int = setting("most items in one request", 256, parse=whole)
     max_image_pixels: int = setting(

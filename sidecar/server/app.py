@@ -35,6 +35,7 @@ from sidecar.server.listening import bind, is_local, server_options
 from sidecar.server.loading import choose_variant, load_lanes, open_for, preprocess_threads
 from sidecar.server.model import Model, describe
 from sidecar.server.orders import Orders
+from sidecar.server.receiving import Receiver
 from sidecar.server.reload import Reloader
 from sidecar.server.security import BearerTokens, TokenInterceptor, server_credentials
 from sidecar.server.service import SERVICE, EncoderService
@@ -107,6 +108,13 @@ class _App:
         self._calls = Calls(
             self._metrics, self._tracing, settings.max_held_bytes, self._tokens.name_of if self._tokens else None
         )
+        self._receiver = Receiver(
+            settings.max_held_bytes,
+            settings.max_message_bytes,
+            settings.message_seconds,
+            lambda: self._calls.idle,
+            refused=self._metrics.refused,
+        )
         self._preprocessing = ThreadPoolExecutor(preprocess_threads(settings), thread_name_prefix=_PREPROCESS)
         self._opening = ThreadPoolExecutor(1, thread_name_prefix=_PREPROCESS + "-open")
         self._health = health.HealthService([SERVICE])
@@ -126,6 +134,7 @@ class _App:
         interceptors: list[Any] = [Arrivals(self._metrics)]
         if self._tokens:
             interceptors.append(TokenInterceptor(self._tokens, self._calls.turned_away))
+        interceptors.append(self._receiver)  # what has no token is not received at all
         server = grpc.aio.server(interceptors=interceptors, options=server_options(settings, raise_descriptor_limit()))
         credentials = None
         if settings.tls_cert and settings.tls_key:
@@ -164,7 +173,9 @@ class _App:
             watch=settings.watch_artifact,
             failed=lambda why: self._metrics.error("RELOAD", why),
         )
-        async with _background(self._reloader.run(), self._watch_lanes(), self._metrics.watch_loop(), _trim()):
+        async with _background(
+            self._reloader.run(), self._watch_lanes(), self._receiver.watch(), self._metrics.watch_loop(), _trim()
+        ):
             await self._stopping.wait()
         logger.info("draining for at most %g s", settings.drain_seconds)
         until = time.monotonic() + settings.drain_seconds

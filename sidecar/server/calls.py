@@ -164,6 +164,11 @@ class Calls:
                 record.log(logger)
                 self.metrics.request(method, record.code, record.ms / 1e3)
 
+    @property
+    def idle(self) -> bool:
+        """Whether no call is under way."""
+        return not self._under_way
+
     async def finished(self) -> None:
         """Return once no call is under way."""
         while self._under_way:

@@ -84,6 +84,44 @@ def test_millions_of_empty_items_take_no_memory(server: Server) -> None:
     assert code is INVALID and "more than the 16 items" in told
 
 
+def length_delimited(field: int, content: bytes) -> bytes:
+    size, length = len(content), b""
+    while size > 127:
+        length, size = length + bytes([size & 127 | 128]), size >> 7
+    return bytes([field << 3 | 2]) + length + bytes([size]) + content
+
+
+# Each empty message in a oneof replaces the one before it, which the parser keeps until the request ends.
+ALTERNATING = (
+    pb.Item(rgb_image=pb.RgbImage()).SerializeToString() + pb.Item(rgb_video=pb.RgbVideo()).SerializeToString()
+)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        length_delimited(1, ALTERNATING * 8_000_000),
+        length_delimited(1, length_delimited(5, b"\x0a\x00" * 16_000_000)),
+        length_delimited(1, b"\x0b\x0c" * 16_000_000),
+        length_delimited(1, b"\xf8\x07\x00" * 10_000_000),
+        b"\xfa\x07\x00" * 10_000_000,
+    ],
+    ids=["a oneof that alternates", "one grid many times", "groups", "unknown fields of an item", "unknown fields"],
+)
+def test_fields_that_no_client_sends_take_no_memory_and_no_time(server: Server, message: bytes) -> None:
+    with server.growing_less_than(150 * MB):  # the message itself, twice; parsed, the first would take 600 MB more
+        code, told, reasons = refusal(server, message)
+    assert (code, reasons) == (INVALID, ["INVALID_REQUEST"])
+    assert "over 32 fields" in told or "far more than the 16 items" in told
+
+
+def test_a_url_that_python_would_hold_fourfold_is_refused() -> None:
+    with pytest.raises(InvalidRequest, match="beyond ASCII"):
+        parse_request(
+            pb.EncodeRequest(items=[pb.Item(url="https://" + "a" * (2 << 20) + "\U0001f600")]).SerializeToString(), 8
+        )
+
+
 def test_a_message_of_300_mb_is_refused_without_being_held(server: Server, client: EncoderClient) -> None:
     with server.growing_less_than(100 * MB):
         code, told, _ = refusal(server, bytes(300 * MB))
