@@ -38,6 +38,7 @@ SAMPLES: dict[str, tuple[str, Any, str, Any]] = {
     "cache_dir": ("none", None, "/c", Path("/c")),
     "max_message_bytes": ("1000", 1000, "2147483647", 2**31 - 1),
     "max_items": ("1", 1, "7", 7),
+    "message_seconds": ("12.5", 12.5, "1", 1.0),
     "max_image_pixels": ("5", 5, "6", 6),
     "max_frames": ("2", 2, "8", 8),
     "max_item_patches": ("7", 7, "8", 8),
