@@ -63,6 +63,13 @@ def path_or_none(text: str) -> Path | None:
     return None if text in ("", "none") else Path(text)
 
 
+def file_or_none(text: str) -> Path | None:
+    """As `path_or_none`, for what protects the server: an empty text is a variable that was to hold a name."""
+    if not text:
+        raise ValueError("is empty: name a file, or none")
+    return path_or_none(text)
+
+
 def cpu_list(text: str) -> tuple[int, ...]:
     """`0-3,8` → (0, 1, 2, 3, 8), as taskset and the kernel write it."""
     cpus: list[int] = []

@@ -13,6 +13,7 @@ from sidecar.flags import (
     SettingsError,
     add_arguments,
     cpu_list,
+    file_or_none,
     flag,
     flag_name,
     number,
@@ -208,15 +209,15 @@ class Settings:
     lease_seconds: float = setting(
         "how long a lease holds a stored embedding unless it is released", 120.0, parse=number
     )
-    tls_cert: Path | None = setting("certificate chain in PEM; with --tls-key, serve TLS", None, parse=path_or_none)
-    tls_key: Path | None = setting("private key in PEM", None, parse=path_or_none)
+    tls_cert: Path | None = setting("certificate chain in PEM; with --tls-key, serve TLS", None, parse=file_or_none)
+    tls_key: Path | None = setting("private key in PEM", None, parse=file_or_none)
     tls_client_ca: Path | None = setting(
-        "CA of the callers' certificates in PEM: mutual TLS, nobody else gets in", None, parse=path_or_none
+        "CA of the callers' certificates in PEM: mutual TLS, nobody else gets in", None, parse=file_or_none
     )
     token_file: Path | None = setting(
         "file of bearer tokens, one a line, `name:token` or `token`; without one of them only health is answered",
         None,
-        parse=path_or_none,
+        parse=file_or_none,
     )
     url_input: bool = setting("take items by https or data URL, from public hosts only", False, parse=flag)
     url_hosts: tuple[str, ...] = setting("the only hosts to take URLs of; none given: any public one", (), parse=words)
@@ -281,6 +282,12 @@ class Settings:
         """Variables that look like settings and are none: mistyped, most likely."""
         known = {name for one in fields(Settings) for name in variables_of(one)} | {"EPD_SERVER"}
         return sorted(name for name in environment if name.startswith("EPD_") and name not in known)
+
+    @staticmethod
+    def emptied_variables(environment: Mapping[str, str] = os.environ) -> list[str]:
+        """Variables that were to protect the server, and are set to nothing."""
+        protecting = [one for one in fields(Settings) if one.metadata["parse"] is file_or_none]
+        return [name for one in protecting for name in variables_of(one) if environment.get(name) == ""]
 
     @classmethod
     def from_sources(

@@ -63,6 +63,14 @@ class Server:
         self.process.send_signal(signal.SIGTERM)
         return self.process.wait(timeout_s)
 
+    def logged(self, words: str, times: int = 1, since: int = 0, timeout_s: float = 10) -> str:
+        """The log from its character `since` on, once it holds `words` so many times: a thread writes it, a moment later."""
+        ends = time.monotonic() + timeout_s
+        while (text := self.log.read_text()[since:]).count(words) < times:
+            assert time.monotonic() < ends, f"{words!r} is not {times} times in\n{text}"
+            time.sleep(0.01)
+        return text
+
     def _bytes(self, name: str) -> int:
         status = Path(f"/proc/{self.process.pid}/status").read_text()
         found = re.search(rf"{name}:\s+(\d+) kB", status)

@@ -252,3 +252,13 @@ def test_a_user_without_a_home_has_no_cache(monkeypatch: pytest.MonkeyPatch) -> 
     assert _default_cache() is None
     monkeypatch.setenv("XDG_CACHE_HOME", "/cache")
     assert _default_cache() == Path("/cache/epd-encoder-sidecar")
+
+
+@pytest.mark.parametrize("name", ["--token-file", "--tls-cert", "--tls-key", "--tls-client-ca"])
+def test_a_flag_that_was_to_protect_the_server_is_not_lost_to_an_empty_variable(name: str) -> None:
+    """`--token-file "$TOKENS"` with TOKENS unset is no wish for a server without tokens."""
+    with pytest.raises(SettingsError, match=f"^{name} is empty: name a file, or none"):
+        Settings.from_sources(REQUIRED | {name[2:].replace("-", "_"): ""}, {})
+    variable = "EPD_" + name[2:].replace("-", "_").upper()
+    assert Settings.emptied_variables({variable: "", "EPD_STORE": ""}) == [variable]
+    assert Settings.emptied_variables({variable: "none"}) == []

@@ -42,6 +42,8 @@ def run(options: argparse.Namespace) -> int:
         as_json = settings.log_format == "json"
         if unknown := Settings.unknown_variables():
             logging.getLogger(__name__).warning("no setting has these variables: %s", ", ".join(unknown))
+        for name in Settings.emptied_variables():
+            logging.getLogger(__name__).warning("%s is set to nothing and protects nothing: name a file, or none", name)
         drained = asyncio.run(serve(settings))
         # The interpreter's end takes its handlers away, and a signal repeated then would decide how the process ends.
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):

@@ -1,8 +1,9 @@
 """The HTTP side: /metrics for Prometheus, a status page for people, /healthz for probes.
 
 It runs in threads of its own beside the gRPC server's event loop and knows nothing of requests or embeddings. A connection
-carries one request, in so many seconds, or is cut; only so many are open at once. Nothing that a caller sends is echoed, no
-path is ever looked up in a file system, and which Host was asked for does not matter: everybody sees the same.
+carries one request, in so many seconds, or is cut; only so many are open at once, and a new one takes the place of the oldest of
+the address that holds most, so that a probe is answered whoever else holds connections open. Nothing that a caller sends is
+echoed, no path is ever looked up in a file system, and which Host was asked for does not matter: everybody sees the same.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import sys
 import threading
 import time
 from base64 import b64encode
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from hashlib import sha256
@@ -30,7 +32,7 @@ from sidecar.monitoring.overview import overview
 
 logger = logging.getLogger(__name__)
 
-# The page holds one connection at a time, so does a scraper; everything beyond this is somebody who should wait.
+# The page holds one connection at a time, so does a scraper, and each for milliseconds.
 MOST_CONNECTIONS = 16
 # From accepting a connection to its end, however slowly the other side sends or reads.
 CONNECTION_S = 10.0
@@ -121,7 +123,7 @@ class _Server(socketserver.ThreadingTCPServer):
         self.metrics = metrics
         self.healthy = healthy
         self.page, self.page_policy = _page()
-        self._deadlines: dict[socket.socket, float] = {}
+        self._open: dict[socket.socket, tuple[str, float]] = {}  # address and deadline; the oldest comes first
         self._lock = threading.Lock()
         super().__init__(address, _Handler)
 
@@ -141,29 +143,39 @@ class _Server(socketserver.ThreadingTCPServer):
         return None
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
+        """Take every connection, if need be in another's place."""
         with self._lock:
-            if len(self._deadlines) >= MOST_CONNECTIONS:
-                return False
-            self._deadlines[request] = time.monotonic() + CONNECTION_S
-            return True
+            crowded_out = self._one_too_many() if len(self._open) >= MOST_CONNECTIONS else None
+            if crowded_out is not None:
+                del self._open[crowded_out]
+            self._open[request] = client_address[0], time.monotonic() + CONNECTION_S
+        if crowded_out is not None:
+            _cut(crowded_out)
+        return True
+
+    def _one_too_many(self) -> socket.socket:
+        """The oldest connection of the address that holds most."""
+        held = Counter(address for address, _ in self._open.values())
+        most = max(held.values())
+        return next(connection for connection, (address, _) in self._open.items() if held[address] == most)
 
     def service_actions(self) -> None:
         """Called by `serve_forever` at least every `_POLL_S`. A timeout on each read would let a slow sender go on."""
         now = time.monotonic()
         with self._lock:
-            late = [connection for connection, until in self._deadlines.items() if until < now]
+            late = [connection for connection, (_, until) in self._open.items() if until < now]
         for connection in late:
             _cut(connection)
 
     def shutdown_request(self, request: Any) -> None:
         with self._lock:
-            self._deadlines.pop(request, None)
+            self._open.pop(request, None)
         super().shutdown_request(request)
 
     def server_close(self) -> None:
         super().server_close()
         with self._lock:
-            living = list(self._deadlines)
+            living = list(self._open)
         for connection in living:
             _cut(connection)
 

@@ -52,8 +52,6 @@ _LOOK_S = 0.1
 _TRIM_S = 5.0
 _ONE_WISH_S = 0.3
 _PREPROCESS = "preprocess"
-# SHA-256 takes 3 ms for a 1080p picture's patches where the processor has instructions for it, four times as long elsewhere.
-_NAMING_THREADS = 2
 # A thread that computes in Python gives way to the event loop this often; the interpreter's own 5 ms would show in health checks.
 _SWITCH_INTERVAL_S = 0.0005
 
@@ -119,7 +117,6 @@ class _App:
         )
         self._preprocessing = ThreadPoolExecutor(preprocess_threads(settings), thread_name_prefix=_PREPROCESS)
         self._opening = ThreadPoolExecutor(1, thread_name_prefix=_PREPROCESS + "-open")
-        self._naming = ThreadPoolExecutor(_NAMING_THREADS, thread_name_prefix=_PREPROCESS + "-name")
         self._health = health.HealthService([SERVICE])
 
     @property
@@ -142,8 +139,7 @@ class _App:
         credentials = None
         if settings.tls_cert and settings.tls_key:
             credentials = server_credentials(settings.tls_cert, settings.tls_key, settings.tls_client_ca)
-        if not credentials and self._tokens and not all(map(is_local, settings.listen)):
-            logger.warning("tokens travel in the clear: give --tls-cert and --tls-key, or encrypt the network")
+        _warn_of_plaintext(settings, encrypted=credentials is not None)
         return server, [bind(server, address, credentials) for address in settings.listen]
 
     async def load(self) -> None:
@@ -189,7 +185,7 @@ class _App:
                 await self._finished()
         await self._health.close(_LAST_STREAMS_S)
         await server.stop(min(_LAST_STREAMS_S, max(0.0, until - time.monotonic())))
-        for pool in (self._preprocessing, self._opening, self._naming):
+        for pool in (self._preprocessing, self._opening):
             pool.shutdown(wait=False, cancel_futures=True)
         drained = await asyncio.to_thread(self._service.model.scheduler.close, _LAST_RUN_S)
         # A decoder cannot be stopped either, and the interpreter would wait for it at its end.
@@ -238,7 +234,7 @@ class _App:
             max_frames=settings.max_frames,
             max_item_patches=settings.max_item_patches,
         )
-        orders = Orders(preprocessor, self._opening, self._naming, self._fetcher)
+        orders = Orders(preprocessor, self._opening, self._fetcher)
         return Model(artifact, scheduler, orders, describe(artifact, variants, scheduler, settings))
 
     def _start_monitor(self) -> Monitor | None:
@@ -294,6 +290,20 @@ def _on_signal(number: signal.Signals, call: Callable[[], None]) -> None:
             loop.call_soon_threadsafe(call)
 
     signal.signal(number, handle)
+
+
+def _warn_of_plaintext(settings: Settings, *, encrypted: bool) -> None:
+    reachable = [address for address in settings.listen if not is_local(address)]
+    if encrypted or not reachable:
+        return
+    if settings.token_file:
+        logger.warning("tokens travel in the clear: give --tls-cert and --tls-key, or encrypt the network")
+        return
+    logger.warning(
+        "whoever reaches %s may call, and all of it travels in the clear: give --tls-cert, --tls-key and --token-file, or let "
+        "only callers of yours reach it (a network policy, a mesh, --listen with a loopback address)",
+        ", ".join(reachable),
+    )
 
 
 async def _trim() -> None:

@@ -1,8 +1,9 @@
 """Who may call: TLS with certificates that are renewed while the server runs, and bearer tokens.
 
 Certificates, keys and tokens are read again at each new connection and each call: they are a few kilobytes, and no time
-stamp can then hide a change. What came in their place is checked first; if it will not do, what was read before stays in
-use and the log says why, once.
+stamp can then hide a change. What came in their place is checked first. Certificates that will not do leave those read before
+in use. Tokens fail closed: a token file that is gone, unreadable, broken or empty lets nobody in, after two seconds in which
+somebody may still be writing it. The log says why, once.
 
 Tokens are asked of each call as it begins: one that is withdrawn does not end a stream under way. They are worth no more
 than the wire is private: without TLS, only for unix sockets, loopback, and networks that encrypt by themselves.
@@ -17,8 +18,10 @@ import os
 import ssl
 import stat
 import threading
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -26,6 +29,7 @@ import grpc
 import grpc.aio
 
 from sidecar.credentials import CredentialsError, named_tokens
+from sidecar.server.certificate_dates import complaint_about
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +38,8 @@ _Content = tuple[bytes, ...]
 _Continuation = Callable[[grpc.HandlerCallDetails], Awaitable[Any]]
 
 _MOST_BYTES = 1 << 20
+# An editor that writes in place leaves a file empty or cut for a moment.
+_GRACE_S = 2.0
 # Kubernetes' probes cannot send tokens, and learn nothing but that the server is there.
 _HEALTH = "/grpc.health.v1.Health/"
 # What a token file's mode may not have: reading and writing by others, and writing by the group. The group may read it:
@@ -62,7 +68,7 @@ def server_credentials(cert: Path, key: Path, client_ca: Path | None) -> grpc.Se
     def read() -> _Content:
         return tuple(_read(path, flag) for flag, path in paths.items())
 
-    configuration = _Reloaded("TLS certificates", read, _configuration)
+    configuration = _Reloaded("TLS certificates", read, lambda content: _configuration(content, paths))
     # Never None for "as before": each port that shares the credentials would be told of a change only if it came first.
     return grpc.dynamic_ssl_server_credentials(
         configuration.value(), configuration.value, require_client_authentication=client_ca is not None
@@ -77,8 +83,14 @@ class BearerTokens:
         SecurityError: if the file cannot be read, is open to other users, or holds no tokens.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._tokens = _Reloaded("tokens", lambda: (_read_guarded(path),), lambda content: _tokens(path, content))
+    def __init__(self, path: Path, clock: Callable[[], float] = time.monotonic) -> None:
+        nobody: list[tuple[str, bytes]] = []
+        self._tokens = _Reloaded(
+            "tokens",
+            lambda: (_read_guarded(path),),
+            lambda content: _tokens(path, content),
+            revoked=_Revoked(nobody, _GRACE_S, clock),
+        )
 
     def name_of(self, metadata: Iterable[tuple[str, str | bytes]]) -> str | None:
         """Whose token a call's metadata carry; None if there is no token, a wrong one, or more than one."""
@@ -123,37 +135,84 @@ class TokenInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  #
         return grpc.stream_stream_rpc_method_handler(refuse)
 
 
+@dataclass(frozen=True, slots=True)
+class _Revoked(Generic[_Value]):
+    """What is in use in the place of a value whose files will not do for `grace_s` seconds."""
+
+    value: _Value
+    grace_s: float
+    clock: Callable[[], float]
+
+
 class _Reloaded(Generic[_Value]):
-    """A value made from files, and made again when they change.
+    """A value made from files, and made again when they change. Files that will not do leave it as it was, or revoke it.
 
     `read` and `make` raise `SecurityError`, which reaches the caller the first time only.
     """
 
-    def __init__(self, what: str, read: Callable[[], _Content], make: Callable[[_Content], _Value]) -> None:
-        self._what, self._read, self._make = what, read, make
+    def __init__(
+        self,
+        what: str,
+        read: Callable[[], _Content],
+        make: Callable[[_Content], _Value],
+        revoked: _Revoked[_Value] | None = None,
+    ) -> None:
+        self._what, self._read, self._make, self._revoked = what, read, make, revoked
         self._lock = threading.Lock()  # gRPC asks from threads of its own
         self._content = read()
         self._value = make(self._content)
+        self._fault: SecurityError | None = None  # of the content
         self._complaint = ""
+        self._failing_since: float | None = None
+        self._is_revoked = False
 
     def value(self) -> _Value:
         with self._lock:
             try:
-                content = self._read()
-                if content != self._content:
-                    self._content = content  # before it is tried: what will not do need not be tried again
-                    self._value = self._make(content)
-                    self._complaint = ""
-                    logger.info("new %s taken up", self._what)
+                self._refresh()
             except SecurityError as error:
-                if str(error) != self._complaint:
-                    self._complaint = str(error)
-                    logger.warning("the %s read before stay in use: %s", self._what, error)
+                return self._failing(error)
+            if self._complaint:
+                logger.info("the %s can be read again and are in use", self._what)
+            self._complaint, self._failing_since, self._is_revoked = "", None, False
             return self._value
 
+    def _refresh(self) -> None:
+        content = self._read()
+        if content != self._content:
+            self._content, self._fault = content, None
+            try:
+                self._value = self._make(content)
+            except SecurityError as error:
+                self._fault = error  # what will not do need not be tried again
+            else:
+                logger.info("new %s taken up", self._what)
+        if self._fault is not None:
+            raise self._fault
 
-def _configuration(content: _Content) -> grpc.ServerCertificateConfiguration:
-    """What gRPC would otherwise find wrong only while it shakes hands, and tell nobody."""
+    def _failing(self, error: SecurityError) -> _Value:
+        if str(error) != self._complaint:
+            self._complaint = str(error)
+            until = "stay in use" if self._revoked is None else f"stay in use for at most {self._revoked.grace_s:g} s"
+            if not self._is_revoked:
+                logger.warning("the %s read before %s: %s", self._what, until, error)
+        if self._revoked is None:
+            return self._value
+        now = self._revoked.clock()
+        if self._failing_since is None:
+            self._failing_since = now
+        if now - self._failing_since < self._revoked.grace_s:
+            return self._value
+        if not self._is_revoked:
+            self._is_revoked = True
+            logger.error(
+                "the %s read before are revoked and nobody gets in until this is mended: %s", self._what, error
+            )
+        return self._revoked.value
+
+
+def _configuration(content: _Content, flags: Iterable[str]) -> grpc.ServerCertificateConfiguration:
+    """What gRPC would otherwise find wrong only while it shakes hands, and tell nobody. `flags`: where each content is from."""
     cert, key, *client_ca = content
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     if b"-----BEGIN CERTIFICATE-----" not in cert:
@@ -173,6 +232,9 @@ def _configuration(content: _Content) -> grpc.ServerCertificateConfiguration:
                 context.load_verify_locations(path)
         except ssl.SSLError as error:
             raise SecurityError("--tls-client-ca: the file holds no certificates in PEM") from error
+    for flag, pem in zip(flags, content, strict=True):
+        if (complaint := complaint_about(pem)) is not None:
+            logger.warning("%s: %s", flag, complaint)
     return grpc.ssl_server_certificate_configuration([(key, cert)], *client_ca)
 
 

@@ -191,22 +191,33 @@ def test_who_sends_slowly_is_cut(site: Site, monkeypatch: pytest.MonkeyPatch) ->
     assert site.ask("/healthz")[0].status == 200
 
 
-def test_who_holds_connections_open_holds_up_nothing_but_them(site: Site) -> None:
-    held = [socket.create_connection(site.endpoint, timeout=30) for _ in range(MOST_CONNECTIONS)]
+def test_probes_are_answered_while_others_hold_connections_open(site: Site) -> None:
+    """Senders of a byte now and then, more of them than there may be connections."""
+    held = []
     try:
-        with socket.create_connection(site.endpoint, timeout=30) as one_more:
-            assert _until_the_end(one_more) == b"", "it is closed at once, while the others are still open"
-        held.pop().close()
-        while True:  # until the server has noticed
-            try:
-                answer, _ = site.ask("/healthz")
-                break
-            except (ConnectionError, http.client.HTTPException):
-                continue
-        assert answer.status == 200
+        for _ in range(MOST_CONNECTIONS + 8):
+            held.append(socket.create_connection(site.endpoint, timeout=30))
+            held[-1].sendall(b"GET /metrics HTTP/1.1\r\nX-")
+        for _ in range(20):
+            assert site.ask("/healthz")[0].status == 200
+        assert _until_the_end(held[0]) == b"", "the oldest had to go"
     finally:
         for connection in held:
             connection.close()
+
+
+def test_an_address_that_holds_most_connections_loses_its_own(site: Site) -> None:
+    """Not those of a scraper elsewhere, however old."""
+    with socket.create_connection(site.endpoint, 30, ("127.0.0.2", 0)) as scraper:
+        scraper.sendall(b"GET /healthz HTTP/1.1\r\n")
+        held = [socket.create_connection(site.endpoint, timeout=30) for _ in range(3 * MOST_CONNECTIONS)]
+        try:
+            assert _until_the_end(held[0]) == b"", "by now the others are more than there may be"
+            scraper.sendall(b"\r\n")
+            assert _until_the_end(scraper).startswith(b"HTTP/1.1 200 ")
+        finally:
+            for connection in held:
+                connection.close()
 
 
 def test_a_fault_inside_is_an_error_without_details(site: Site) -> None:

@@ -7,6 +7,7 @@ import logging
 import subprocess
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,9 @@ from sidecar.__main__ import main
 from sidecar.client import AsyncEncoderClient, EncodeError, EncoderClient
 from sidecar.credentials import CredentialsError, client_credentials, named_tokens, read_token
 from sidecar.pb import encoder_pb2 as pb
+from sidecar.server.app import _warn_of_plaintext
 from sidecar.server.security import BearerTokens, SecurityError, TokenInterceptor, server_credentials
+from sidecar.settings import Settings
 
 SERVICE = "epd.encoder.v1.Encoder"
 ALICE, BOB = "alices-token-0123456789", "bobs-token-9876543210=="
@@ -323,22 +326,95 @@ def test_tokens_are_replaced_while_the_server_runs(token_file: Path, caplog: pyt
             replace()
             assert await version(address, token=new) == "9.9"
             assert await refusal(version(address, token=ALICE)) == "UNAUTHENTICATED"
-            for spoil in (
-                lambda: token_file.write_text("dave:too-few\n"),
-                lambda: token_file.write_text("# nobody\n"),
-                lambda: token_file.chmod(0o644),
-                token_file.unlink,
-            ):
-                spoil()
-                assert await version(address, token=new) == "9.9"
-                assert await version(address, token=new) == "9.9"
 
     asyncio.run(run())
-    warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-    assert len(warnings) == 4
-    for warning, words in zip(warnings, ("line 1: a token has", "no token", "mode 0644", "No such file"), strict=True):
-        assert words in warning
-    assert not any(secret in caplog.text for secret in (ALICE, new, "too-few"))
+    assert not any(secret in caplog.text for secret in (ALICE, new))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda path: path.write_text("dave:too-few\n"), "line 1: a token has"),
+        (lambda path: path.write_text("# nobody\n"), "no token"),
+        (lambda path: path.write_text(""), "no token"),
+        (lambda path: path.chmod(0o644), "mode 0644"),
+        (lambda path: path.unlink(), "No such file"),
+    ],
+)
+def test_a_token_file_that_will_not_do_lets_nobody_in(
+    token_file: Path, spoil: Callable[[Path], object], words: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """After a moment: an editor that writes in place empties it first."""
+    caplog.set_level(logging.INFO)
+    now = 0.0
+    tokens = BearerTokens(token_file, clock=lambda: now)
+    metadata, content = [("authorization", f"Bearer {ALICE}")], token_file.read_text()
+    spoil(token_file)
+    assert tokens.name_of(metadata) == "alice"
+    now = 1.9
+    assert tokens.name_of(metadata) == "alice"
+    now = 2.1
+    assert tokens.name_of(metadata) is None
+    now = 3600.0
+    assert tokens.name_of(metadata) is None
+    warning, error = caplog.records
+    assert (warning.levelno, error.levelno) == (logging.WARNING, logging.ERROR)
+    assert words in warning.getMessage() and words in error.getMessage()
+    assert "too-few" not in caplog.text
+    token_file.write_text(content)
+    token_file.chmod(0o600)
+    assert tokens.name_of(metadata) == "alice", "mended, it is taken up"
+
+
+def test_a_token_file_that_is_being_written_turns_nobody_away(token_file: Path) -> None:
+    now = 0.0
+    tokens = BearerTokens(token_file, clock=lambda: now)
+    metadata, content = [("authorization", f"Bearer {ALICE}")], token_file.read_text()
+    for _ in range(3):
+        token_file.write_text("")
+        assert tokens.name_of(metadata) == "alice"
+        now += 1.5
+        token_file.write_text(content)
+        assert tokens.name_of(metadata) == "alice"
+        now += 1.5
+
+
+def test_an_expired_certificate_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    certificates = Certificates(tmp_path / "ours")
+    now = datetime.now(UTC)
+    for ends, words in (
+        (now - timedelta(days=1), "expired at"),
+        (now + timedelta(days=2), "expires at"),
+        (now + timedelta(days=90), None),
+    ):
+        issued = certificates.authority.issue_cert("localhost", not_after=ends)
+        certificates.cert.write_bytes(b"".join(pem.bytes() for pem in issued.cert_chain_pems))
+        certificates.key.write_bytes(issued.private_key_pem.bytes())
+        caplog.clear()
+        server_credentials(certificates.cert, certificates.key, None)
+        warnings = [record.getMessage() for record in caplog.records]
+        assert len(warnings) == (words is not None)
+        if words:
+            assert warnings[0].startswith("--tls-cert: ") and words in warnings[0]
+            assert f"{ends:%Y-%m-%d %H:%M}" in warnings[0]
+
+
+@pytest.mark.parametrize(
+    ("listen", "words"),
+    [
+        (("0.0.0.0:50051",), "whoever reaches 0.0.0.0:50051 may call"),
+        (("127.0.0.1:50051", "[::]:50051"), "whoever reaches [::]:50051 may call"),
+        (("127.0.0.1:50051", "unix:/run/epd.sock"), None),
+    ],
+)
+def test_an_open_port_in_plain_text_is_warned_of(
+    listen: tuple[str, ...], words: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = Settings(artifact=Path("a"), listen=listen)
+    _warn_of_plaintext(settings, encrypted=False)
+    assert [words in record.getMessage() for record in caplog.records] == ([True] if words else [])
+    _warn_of_plaintext(settings, encrypted=True)
+    assert len(caplog.records) == bool(words)
 
 
 @pytest.mark.parametrize(
