@@ -1,97 +1,33 @@
-"""`python -m export --model CHECKPOINT --out ARTIFACT`: turn a checkpoint's vision tower into a sealed artifact."""
+"""`python -m export` and `epd-export`: the command, or one line that names what is not installed."""
 
 from __future__ import annotations
 
-import argparse
-import logging
-import signal
 import sys
-import tempfile
-from pathlib import Path
 
-from rich.console import Console
-
-from export.checkpoint import CheckpointError
-from export.pipeline import FORMATS, PRECISIONS, ExportError, Job, export
-from export.synthetic import SyntheticError, make_checkpoint, synthetic_kind
-from sidecar.artifact import ArtifactError
-from sidecar.runtimes.base import RuntimeFault
-
-
-def parser() -> argparse.ArgumentParser:
-    result = argparse.ArgumentParser(prog="python -m export", description=__doc__, allow_abbrev=False)
-    result.add_argument(
-        "--model", required=True, help="hub id, local checkpoint directory, or random:3b, random:7b, random:toy"
-    )
-    result.add_argument(
-        "--out", required=True, type=Path, help="directory of the artifact; an artifact there is replaced"
-    )
-    result.add_argument("--revision", help="branch, tag or commit of a hub checkpoint")
-    result.add_argument(
-        "--format", default="openvino", help=f"comma-separated: {', '.join(FORMATS)} (default openvino)"
-    )
-    result.add_argument(
-        "--precision",
-        default="bf16,int8",
-        help=f"comma-separated: {', '.join(PRECISIONS)} (default bf16,int8); the first is what the sidecar serves by default",
-    )
-    result.add_argument(
-        "--via",
-        choices=("tower", "optimum"),
-        default="tower",
-        help="what builds the graph: this project's tower, or optimum-intel's exporter (see docs/optimum.md)",
-    )
-    result.add_argument(
-        "--allow-below-bar", action="store_true", help="seal an artifact whose accuracy is below its bar"
-    )
-    return result
+# The extra's packages; another module that is missing is a defect, and told as one.
+_OF_THE_EXTRA = ("torch", "huggingface_hub", "rich", "safetensors", "tokenizers")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options = parser().parse_args(arguments)
-    # Ended from outside, it tidies up as after Ctrl-C.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    logging.getLogger("huggingface_hub").propagate = False  # it has a handler of its own
-    console = Console()
-    try:
-        with tempfile.TemporaryDirectory(prefix="epd-random-") as scratch:
-            kind = synthetic_kind(options.model)
-            model = options.model
-            if kind is not None:
-                model = str(Path(scratch) / f"random-{kind}")
-                make_checkpoint(kind, Path(model))
-            job = Job(
-                model=model,
-                out=options.out,
-                formats=_names(options.format),
-                precisions=_names(options.precision),
-                revision=options.revision,
-                allow_below_bar=options.allow_below_bar,
-            )
-            if options.via == "optimum":
-                from export.optimum import export_via_optimum
+    """Run the command line.
 
-                artifact = export_via_optimum(job, console)
-            else:
-                artifact = export(job, console)
-    except (ArtifactError, CheckpointError, ExportError, RuntimeFault, SyntheticError) as error:
-        console.print(f"[bold red]export failed:[/] {error}", highlight=False, soft_wrap=True)
-        return 1
-    except OSError as error:
-        console.print(
-            f"[bold red]export failed:[/] {error.strerror}: {error.filename}", highlight=False, soft_wrap=True
+    Args:
+        arguments: what stands behind the command's name; None takes them from `sys.argv`.
+
+    Returns:
+        The exit code.
+    """
+    try:
+        from export.command import run
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in _OF_THE_EXTRA:
+            raise
+        sys.stderr.write(
+            f"export failed: it needs the package {error.name}, which is not installed; "
+            "pip install 'epd-encoder-sidecar[export]'\n"
         )
         return 1
-    except KeyboardInterrupt:
-        console.print("interrupted; nothing was written")
-        return 130
-    console.print(f"wrote {artifact.directory}  fingerprint {artifact.manifest.fingerprint[:16]}…", highlight=False)
-    return 0
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    return run(arguments)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import logging
 import re
+import shutil
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -136,6 +137,12 @@ class HubFiles:
             return path
         ordered = sorted(tensors, key=lambda tensor: tensor.start)
         self._vision.mkdir(parents=True, exist_ok=True)
+        needed, free = sum(tensor.end - tensor.start for tensor in ordered), shutil.disk_usage(self._vision).free
+        if free < needed:
+            raise CheckpointError(
+                f"the vision tensors of {shard} take {needed / 1e6:,.0f} MB, and the hub's cache has {free / 1e6:,.0f} MB "
+                "free: free some space there, or set HF_HOME to another place"
+            )
         # Under a name of its own until it is whole, so that neither a crash nor a second process leaves half a file.
         part = self._vision / f"{shard}.{uuid.uuid4().hex}.part"
         try:

@@ -25,7 +25,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from export.accuracy import BARS, measure, reference_embeddings
 from export.checkpoint import Checkpoint, open_checkpoint
-from export.destination import ExportError, check, publish, workplace
+from export.destination import ExportError, check, check_space, is_full, publish, workplace
 from export.report import html_page, print_table
 from export.samples import samples
 from export.weights import load_tower, storage_dtype
@@ -40,6 +40,8 @@ from sidecar.vision.tower import Tower
 PRECISIONS = ("f32", "bf16", "int8")
 FORMATS = ("openvino", "onnx", "torch")
 REPORT = "accuracy.html"
+# What a graph takes for each block beside its weights, at most (the .xml of OpenVINO).
+_BLOCK_BYTES = 80_000
 
 _SUFFIX = {"openvino": ".xml", "onnx": ".onnx", "torch": ".safetensors"}
 _VERSIONED = ("epd-encoder-sidecar", "torch", "openvino", "onnx", "onnxruntime", "numpy", "pillow")
@@ -124,14 +126,33 @@ def run_stages(job: Job, write: Write, console: Console) -> Artifact:
     """
     # What is behind a link is replaced, not the link.
     out = Path(os.path.realpath(job.out))
-    check(out)
-    with _stages(console) as stage, stage("read checkpoint", None) as advance:
-        checkpoint = open_checkpoint(job.model, revision=job.revision, progress=advance.absolute)
+    check(out, job.model)
     with workplace(out) as partial:
-        manifest = _fill(job, checkpoint, write, partial, console)
-        artifact = sealed.seal(partial, manifest)
+        with _stages(console) as stage, stage("read checkpoint", None) as advance:
+            checkpoint = open_checkpoint(job.model, revision=job.revision, progress=advance.absolute)
+        check_space(partial, _artifact_bytes(job, checkpoint), out)
+        try:
+            manifest = _fill(job, checkpoint, write, partial, console)
+            artifact = sealed.seal(partial, manifest)
+        except Exception as error:
+            if not isinstance(error, ExportError) and is_full(partial, error):
+                raise ExportError(
+                    f"the file system of {out} is full; free some space, or choose another --out"
+                ) from error
+            raise
         publish(partial, out)
     return replace(artifact, directory=job.out)
+
+
+def _artifact_bytes(job: Job, checkpoint: Checkpoint) -> int:
+    """About what the graphs take: their weights, and the graphs themselves."""
+    widths = {
+        graph_name(format_name, precision, checkpoint.dtype): 1
+        if precision == "int8"
+        else storage_dtype(precision, checkpoint.dtype).itemsize
+        for format_name, precision in job.variants()
+    }
+    return sum(checkpoint.tower.parameters * width + checkpoint.tower.depth * _BLOCK_BYTES for width in widths.values())
 
 
 def _fill(job: Job, checkpoint: Checkpoint, write: Write, directory: Path, console: Console) -> Manifest:

@@ -36,15 +36,13 @@ class Order:
     """One item.
 
     Attributes:
-        name: its identity within the model, a plain file name: orders of one name are encoded once.
+        name: its identity within the model, a plain file name: orders of one name are of equal content, and encoded once.
         client: whose share of the server it takes.
         open: finds out its size without decoding it.
         deadline: when the caller's patience ends, in `time.monotonic` seconds.
-        content: compared where an order of the same name fails: another content under that name may still succeed.
     """
 
     name: str
     client: str
     open: Callable[[], Awaitable[Opened]]
     deadline: float = math.inf
-    content: object = None

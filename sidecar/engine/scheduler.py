@@ -24,15 +24,12 @@ from sidecar.engine.status import EngineStatus, LaneIdentity
 from sidecar.engine.store import Draft, Entry, Store, loose_draft
 from sidecar.engine.ticket import LaneOut, Ran
 from sidecar.engine.turns import Turn, Turns
-from sidecar.errors import CannotFinish, InvalidItem, LaneFault, Overloaded, ShuttingDown, UrlUnreachable
+from sidecar.errors import CannotFinish, LaneFault, Overloaded, ShuttingDown
 from sidecar.store_file import Description
 from sidecar.vision.dtypes import Array
-from sidecar.vision.grid import Grid, GridError
-from sidecar.vision.pixels import PixelError
+from sidecar.vision.grid import Grid
 from sidecar.vision.spec import TowerSpec
 
-# What one order's content or deadline may be the cause of, so that another order of the same name may fare better.
-_ITS_OWN_FAULT = (InvalidItem, PixelError, GridError, CannotFinish, UrlUnreachable)
 # Decoding takes its time too, on threads that all clients share: a picture of many pixels that becomes few patches is not cheap.
 _DECODED_PIXELS_A_PATCH = 4096
 # So many times a limit is where clients that have nothing under way are refused too.
@@ -141,10 +138,10 @@ class Scheduler:
                 self._observer.coalesced()
             try:
                 encoded = await self._join(job)
-            except _ITS_OWN_FAULT as error:
-                if not joined or (job.order.content == order.content and not isinstance(error, CannotFinish)):
+            except CannotFinish:
+                if not joined:
                     raise
-                continue  # it was the other one's content, or patience
+                continue  # the other one had less patience
             return replace(encoded, coalesced=True) if joined else encoded
 
     def status(self) -> EngineStatus:

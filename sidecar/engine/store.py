@@ -25,6 +25,7 @@ import numpy as np
 from sidecar import store_file
 from sidecar.engine.status import LaneIdentity, StoreStatus
 from sidecar.engine.store_directory import StoreDirectory
+from sidecar.engine.store_keys import StoreKeys
 from sidecar.store_file import FILE_NAME, Description, StoreFileError
 from sidecar.vision.dtypes import Array
 
@@ -33,17 +34,22 @@ logger = logging.getLogger(__name__)
 # A caller that takes leases and never gives them back holds memory for each until it expires.
 MAX_LEASES = 65_536
 _DEFAULT_MOST_BYTES = 4 << 30
+_INLINE = "an embedding could not be stored and is sent inline"
 
 
 @dataclass(slots=True, eq=False)
 class Entry:
-    """An embedding in the store; `lane` is what encoded it. `name` is that of its directory."""
+    """An embedding in the store; `lane` is what encoded it. `name` is that of its directory.
+
+    `key`: the name of the key that it was last asked for by, which may stand for it; empty for none.
+    """
 
     name: str
     description: Description
     lane: LaneIdentity
     file_bytes: int
     leases: int = 0
+    key: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +109,7 @@ class Store:
         self._lock = threading.RLock()
         self._entries: OrderedDict[str, Entry] = OrderedDict()  # the one used longest ago comes first
         self._leases: OrderedDict[str, Lease] = OrderedDict()  # the one that expires first comes first
+        self._keys = StoreKeys(directory)
         self._used_bytes = self._evictions = self._unkept = self._expired = 0
         self._warned_at = -float("inf")
 
@@ -114,13 +121,28 @@ class Store:
         return self._directory.entry(entry.name)
 
     def find(self, name: str, fingerprint: str) -> Entry | None:
-        """The entry of a model under a name, which is now the one used last."""
+        """The entry of a model under a name, its own or that of a key which stands for it; it is now the one used last."""
         with self._lock:
-            entry = self._entries.get(name)
+            entry = self._entries.get(name) or self._keys.find(name)
             if entry is None or entry.description.fingerprint != fingerprint:
                 return None
-            self._entries.move_to_end(name)
+            self._entries.move_to_end(entry.name)
             return entry
+
+    def use_key(self, key: str, name: str, entry: Entry | None) -> None:
+        """A key has been sent with content, and answered: from now on it stands for that. See `StoreKeys.use`."""
+        with self._lock:
+            if entry is not None:
+                if self._entries.get(entry.name) is not entry:
+                    entry = None
+                else:
+                    entry.key = key
+            try:
+                self._keys.use(key, name, entry)
+            except OSError as error:
+                self._warn(
+                    "a key could not be linked in the store, where vLLM's ECExampleConnector looks for it", error
+                )
 
     def read(self, entry: Entry) -> Array | None:
         """An entry's rows, mapped read-only; None if it has gone meanwhile."""
@@ -168,7 +190,7 @@ class Store:
                 return Draft(rows, (self, name, description, directory))
             except OSError as error:
                 self._give_back(size)
-                self._warn(error)
+                self._warn(_INLINE, error)
         with self._lock:
             self._unkept += 1
         return loose_draft(description)
@@ -249,7 +271,7 @@ class Store:
                     self._entries[name] = entry
                     return entry
         except OSError as error:
-            self._warn(error)
+            self._warn(_INLINE, error)
         self._discard(directory, description)
         return None
 
@@ -287,6 +309,8 @@ class Store:
         self._discard(directory, entry.description)
 
     def _take_out(self, entry: Entry) -> Path:
+        if entry.key:
+            self._keys.forget(entry.key, entry)
         del self._entries[entry.name]
         return self._directory.withdraw(entry.name)
 
@@ -307,11 +331,11 @@ class Store:
             self._evict(lease.entry)
         return True
 
-    def _warn(self, error: OSError) -> None:
-        """A full or lost store is said once a minute: every embedding is sent inline meanwhile."""
+    def _warn(self, what: str, error: OSError) -> None:
+        """A full or lost store is said once a minute."""
         if self._clock() - self._warned_at > 60:
             self._warned_at = self._clock()
-            logger.warning("an embedding could not be stored and is sent inline: %s", error.strerror or error)
+            logger.warning("%s: %s", what, error.strerror or error)
 
 
 def default_capacity(directory: Path) -> int:

@@ -3,6 +3,7 @@
 <store>/.lock                                 held by the living sidecar whose store it is
 <store>/.draft-<n>/encoder_cache.safetensors  being written, or being removed
 <store>/<name>/encoder_cache.safetensors      whole: its directory was renamed into place
+<store>/<key>                                 a link to the name of the entry that the key stands for
 """
 
 from __future__ import annotations
@@ -83,6 +84,29 @@ class StoreDirectory:
             return (self.path / name).rename(self._unnamed())
         return self.path / name
 
+    def link(self, key: str, name: str) -> None:
+        """Let a key lead to an entry, in place of the one that it led to; a reader finds one of the two at any moment.
+
+        Raises:
+            OSError: if there is no room, something else lies there, or the store was taken away. What the key led to stays.
+        """
+        self._check_open()
+        draft = self._unnamed()
+        draft.symlink_to(name)
+        try:
+            with suppress(OSError):
+                (self.path / key).rmdir()  # vLLM's ECExampleConnector leaves one where it has looked in vain
+            draft.rename(self.path / key)
+        except OSError:
+            draft.unlink(missing_ok=True)
+            raise
+
+    def unlink(self, key: str) -> None:
+        """Let a key lead nowhere. What is no link is not ours."""
+        with suppress(OSError):
+            if (self.path / key).is_symlink():
+                (self.path / key).unlink()
+
     def remove(self, directory: Path) -> None:
         """Take an entry or a draft away; one that is gone already is no error. What a link leads to is not ours."""
         with suppress(OSError):
@@ -93,12 +117,14 @@ class StoreDirectory:
             directory.rmdir()
 
     def sweep(self) -> None:
-        """Remove every entry and draft. Whatever else lies here is left, with a warning."""
+        """Remove every entry, draft and key. Whatever else lies here is left, with a warning."""
         for child in self.path.iterdir():
             if child.name == _LOCK:
                 continue
             if not child.is_symlink() and child.is_dir():
                 self.remove(child)
+            elif child.is_symlink() and len(child.readlink().parts) == 1:
+                self.unlink(child.name)
             if child.is_symlink() or child.exists():
                 logger.warning("%s is no embedding and stays; a store should hold nothing else", child)
 

@@ -102,8 +102,8 @@ def metadata_only(
 ) -> HeldRequest:
     """The request with each image as an `image_embeds` part that holds its grid and, as `uuid`, its name in the sidecar's store.
 
-    The name is the caller's `uuid` where that is a plain file name and the request has no bounds of its own, else a hash of
-    what shapes the embedding. The client needs `store`, and each embedding has to be in it, or this is a `ChatImageError`.
+    The name is a hash of what shapes the embedding and of the caller's `uuid`: under it lies this embedding or none, whatever
+    else the `uuid` is used for. The client needs `store`, and each embedding has to be in it, or this is a `ChatImageError`.
     """
     found = ChatImages.of(request, max_image_bytes)
     results = client.encode(found.items, timeout_s, hold=True) if found.items else []

@@ -77,6 +77,10 @@ class EncoderServicer(object):
 
     def Fetch(self, request, context):
         """Embeddings that the store has, by key; answered as `Encode` answers. A key that it does not have is NOT_FOUND.
+
+        A key alone stands for the content that it was last sent with, as a whole. While a lease is held on the embedding of other
+        content that it stood for before, it stands for nothing (NOT_FOUND): the lease's holder may have sent a reader there by the
+        key. `File.name` stands for one content for good.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -6,7 +6,7 @@ import asyncio
 from concurrent.futures import Executor
 from typing import Protocol
 
-from sidecar.engine.keys import name_of_bounded, name_of_content, name_of_key
+from sidecar.engine.keys import name_of_bounded, name_of_content, name_of_key, name_of_keyed, name_to_fetch
 from sidecar.engine.order import Opened, Order
 from sidecar.errors import InvalidItem
 from sidecar.pb import encoder_pb2
@@ -26,34 +26,77 @@ class Fetcher(Protocol):
 
 
 class Named:
-    """An item, the key that the caller knows it by, and its name in the store."""
+    """An item, the key that the caller knows it by, and its names.
 
-    __slots__ = ("item", "key", "name")
+    Attributes:
+        name: of its embedding in the store. A hash of content, bounds and key; without content, of the key alone.
+        key_name: of its key, where it has a key and content: what the key stands for from now on when it comes alone.
+    """
+
+    __slots__ = ("item", "key", "key_name", "name")
 
     def __init__(self, item: encoder_pb2.Item) -> None:
-        """Raises:
-        InvalidItem: if the key is too long.
+        """Hash the content: half a second for a GB.
+
+        Raises:
+            InvalidItem: if the key is too long.
         """
         self.item = item
-        if item.key:
-            if len(item.key) > MAX_KEY_BYTES or len(item.key.encode()) > MAX_KEY_BYTES:
-                raise InvalidItem(f"the key has over {MAX_KEY_BYTES} bytes; send a hash instead")
-            self.key = item.key
-            if item.min_pixels or item.max_pixels:
-                self.name = name_of_bounded(item.key, item.min_pixels, item.max_pixels)
-            else:
-                self.name = name_of_key(item.key)
-        else:
-            self.name = self.key = name_of_content(item.SerializeToString(deterministic=True))
+        self.key = item.key
+        self.key_name = ""
+        if not item.key:
+            self.name = self.key = name_of_content(*_shapes(item))
+            return
+        if len(item.key) > MAX_KEY_BYTES or len(item.key.encode()) > MAX_KEY_BYTES:
+            raise InvalidItem(f"the key has over {MAX_KEY_BYTES} bytes; send a hash instead")
+        bounded = item.min_pixels or item.max_pixels
+        if item.WhichOneof("content") is None:
+            name = name_to_fetch(item.key)
+            self.name = name_of_bounded(item.key, item.min_pixels, item.max_pixels) if bounded else name
+            return
+        name = name_of_key(item.key)
+        self.key_name = name_of_bounded(item.key, item.min_pixels, item.max_pixels) if bounded else name
+        self.name = name_of_keyed(self.key_name, *_shapes(item))
+
+
+def _shapes(item: encoder_pb2.Item) -> tuple[bytes, bytes]:
+    """All of an item that shapes its embedding: what describes the content, and the content's bytes."""
+    kind = item.WhichOneof("content")
+    head = encoder_pb2.Item(min_pixels=item.min_pixels, max_pixels=item.max_pixels)
+    data = b""
+    if kind == "image":
+        data = item.image
+    elif kind == "rgb_image":
+        picture = item.rgb_image
+        head.rgb_image.height, head.rgb_image.width = picture.height, picture.width
+        data = picture.data
+    elif kind == "rgb_video":
+        video = item.rgb_video
+        head.rgb_video.frames, head.rgb_video.height, head.rgb_video.width = video.frames, video.height, video.width
+        data = video.data
+    elif kind == "patches":
+        patches = item.patches
+        head.patches.grid.CopyFrom(patches.grid)
+        head.patches.dtype, head.patches.scale = patches.dtype, patches.scale
+        head.patches.single_slice = patches.single_slice
+        data = patches.data
+    return f"{kind} ".encode() + head.SerializeToString(deterministic=True), data
 
 
 class Orders:
     """Places orders of one model."""
 
-    def __init__(self, preprocessor: Preprocessor, opening: Executor, fetcher: Fetcher | None) -> None:
-        """`opening`: reads headers, on threads of its own, so that what is too large is refused while others are decoded."""
+    def __init__(
+        self, preprocessor: Preprocessor, opening: Executor, naming: Executor, fetcher: Fetcher | None
+    ) -> None:
+        """
+        Args:
+            opening: reads headers, on threads of its own, so that what is too large is refused while others are decoded.
+            naming: hashes contents, on threads of its own, so that what is stored is found while others are decoded.
+        """
         self._preprocessor = preprocessor
         self._opening = opening
+        self._naming = naming
         self._fetcher = fetcher
 
     async def named(self, item: encoder_pb2.Item) -> Named:
@@ -63,11 +106,11 @@ class Orders:
             InvalidItem: if the key is too long, or the item is a URL and none are taken.
             UrlRefused, UrlUnreachable: if its URL could not be fetched.
         """
-        if item.HasField("url") and not item.key:
+        if item.HasField("url"):
             item = await self._fetched(item)  # what a URL leads to may change, so the name comes from what came
-        if item.key or item.ByteSize() <= QUICK_BYTES:
+        if item.ByteSize() <= QUICK_BYTES:
             return Named(item)
-        return await asyncio.get_running_loop().run_in_executor(self._opening, Named, item)
+        return await asyncio.get_running_loop().run_in_executor(self._naming, Named, item)
 
     def order(self, named: Named, caller: Caller) -> Order:
         return Order(
@@ -75,12 +118,9 @@ class Orders:
             client=caller.client,
             open=lambda: self._open(named.item),
             deadline=caller.deadline,
-            content=named.item,
         )
 
     async def _open(self, item: encoder_pb2.Item) -> Opened:
-        if item.HasField("url"):
-            item = await self._fetched(item)
         if item.HasField("image"):
             return await asyncio.get_running_loop().run_in_executor(self._opening, self._preprocessor.open, item)
         return self._preprocessor.open(item)

@@ -14,7 +14,6 @@ from sidecar.engine.scheduler import Encoded
 from sidecar.errors import (
     EncoderError,
     Fault,
-    InvalidItem,
     NotStored,
     Overloaded,
     ShuttingDown,
@@ -133,7 +132,7 @@ class EncoderService:
 
     def _known(self, index: int, item: encoder_pb2.Item, stored: bool, call: Call) -> _Answer | None:
         """An item that the store has, or that has no name."""
-        if item.HasField("url") and not item.key:
+        if item.HasField("url"):
             return None
         try:
             named = Named(item)
@@ -164,19 +163,12 @@ class EncoderService:
             return _Answer(index, fault=fault)
 
     def _delivered(self, index: int, named: Named, encoded: Encoded, stored: bool, call: Call) -> _Answer | None:
-        """An answer that holds what the caller is to get: a lease, or the rows. None if it has gone from the store meanwhile.
-
-        Raises:
-            InvalidItem: if the item is patches of another grid than the key has named before.
-        """
-        if named.item.HasField("patches"):
-            sent = named.item.patches.grid
-            if (sent.t, sent.h, sent.w) != encoded.description.grid:
-                known = tuple(encoded.description.grid)
-                raise InvalidItem(f"this key names an embedding of grid {known}; patches of another need another key")
+        """An answer that holds what the caller is to get: a lease, or the rows. None if it has gone from the store meanwhile."""
         store, entry = call.model.scheduler.store, encoded.entry
         if store and entry and stored and (lease := store.lease(entry)):
             call.leases.append(lease.id)
+            if named.key_name:
+                store.use_key(named.key_name, named.name, entry)
             path = str(store.path(entry))
             file = encoder_pb2.File(path=path, name=entry.name, lease=lease.id, lease_seconds=store.lease_seconds)
             return _Answer(index, named.key, encoded, file)
@@ -184,6 +176,8 @@ class EncoderService:
             encoded = replace(encoded, rows=rows)
         if encoded.rows is None:
             return None
+        if store and named.key_name:
+            store.use_key(named.key_name, named.name, entry)
         # From here on: a caller who does not read keeps it, also where the store has dropped it.
         call.hold(encoded.rows.nbytes)
         return _Answer(index, named.key, encoded)

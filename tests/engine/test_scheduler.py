@@ -70,7 +70,6 @@ def order(
     client: str = "somebody",
     deadline_s: float = math.inf,
     open: Callable[[], Awaitable[Opened]] | None = None,
-    content: object = None,
 ) -> Order:
     async def opened() -> Opened:
         ready = item(value, patches)
@@ -81,7 +80,6 @@ def order(
         client=client,
         open=open or opened,
         deadline=time.monotonic() + deadline_s,
-        content=content,
     )
 
 
@@ -327,25 +325,24 @@ def test_when_everybody_has_left_it_does_not_run_and_who_comes_then_is_served(ma
     assert runtime.ran == [1, 8]
 
 
-def test_the_bad_content_of_one_caller_fails_no_other_of_the_same_key(make_scheduler: MakeScheduler) -> None:
-    runtime = FakeRuntime()
-    scheduler = make_scheduler(runtime)
+def test_bad_content_is_opened_once_for_all_who_send_it(make_scheduler: MakeScheduler) -> None:
+    scheduler = make_scheduler(FakeRuntime())
     reading = asyncio.Event()
+    opened = 0
 
     async def bad() -> Opened:
+        nonlocal opened
+        opened += 1
         await reading.wait()
         raise InvalidItem("no picture")
 
     async def ask() -> None:
-        first = asyncio.create_task(scheduler.encode(order(1, name="same", open=bad, content=b"rubbish")))
-        await asyncio.sleep(0)
-        alike = asyncio.create_task(scheduler.encode(order(1, name="same", open=bad, content=b"rubbish")))
-        good = asyncio.create_task(scheduler.encode(order(7, name="same", content=b"picture")))
+        orders = [asyncio.create_task(scheduler.encode(order(1, name="same", open=bad))) for _ in range(3)]
         await asyncio.sleep(0)
         reading.set()
-        results = await asyncio.gather(first, alike, good, return_exceptions=True)
-        assert isinstance(results[0], InvalidItem) and isinstance(results[1], InvalidItem)
-        assert isinstance(results[2], Encoded) and value_of(results[2]) == 7
+        results = await asyncio.gather(*orders, return_exceptions=True)
+        assert [type(result) for result in results] == [InvalidItem] * 3
+        assert opened == 1
 
     run(ask())
 

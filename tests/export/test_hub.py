@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from hashlib import sha1
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -253,6 +254,14 @@ def test_damaged_repositories_are_explained(hub: Mirror, tmp_path: Path) -> None
     (hub.directory / "config.json").unlink()
     with pytest.raises(CheckpointError, match=r"has no config.json"):
         open_checkpoint(REPO, cache_dir=tmp_path / "5")
+
+
+def test_a_cache_without_room_is_told_before_the_download(
+    hub: Mirror, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("export.hub.shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
+    with pytest.raises(CheckpointError, match=r"take \d+ MB, and the hub's cache has 0 MB free: .* HF_HOME"):
+        open_checkpoint(REPO, cache_dir=tmp_path)
 
 
 def test_shards_without_an_index_are_found_also_offline(

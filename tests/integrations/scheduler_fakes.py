@@ -66,11 +66,12 @@ class Request:
 
 @dataclass
 class Picture:
-    """A picture in a request: its identifier, its size, and what came with it (pixels, embeds or nothing)."""
+    """A picture in a request: its identifier, its size, what came with it (pixels, embeds or nothing), and what it shows."""
 
     key: str
     grid: Grid = SMALL
     brings: str = "pixels"
+    shows: int = 0
 
 
 def request(name: str, *pictures: Picture | str) -> Request:
@@ -80,7 +81,7 @@ def request(name: str, *pictures: Picture | str) -> Request:
         picture = Picture(each) if isinstance(each, str) else each
         values: dict[str, Any] = {"image_grid_thw": torch.tensor(picture.grid)}
         if picture.brings == "pixels":
-            values["pixel_values"] = torch.zeros(picture.grid.patches, 8)
+            values["pixel_values"] = torch.full((picture.grid.patches, 8), picture.shows)
         if picture.brings == "embeds":
             values["image_embeds"] = torch.zeros(1)
         tokens = picture.grid.tokens(TOWER)

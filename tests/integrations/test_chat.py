@@ -7,6 +7,7 @@ import base64
 import copy
 import io
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -115,14 +116,16 @@ def test_a_request_with_only_names_says_where_vllm_finds_the_embeddings(face: Ch
     assert request == before
     cat, video, text, other, again = content(held.request)
     grid = {"image_grid_thw": [1, 4, 6]}
-    assert cat == again == {"type": "image_embeds", "image_embeds": grid, "uuid": "my-cat"}
+    assert cat == again == {"type": "image_embeds", "image_embeds": grid, "uuid": cat["uuid"]}
+    # Not the caller's own name, which may be given to another picture before vLLM reads.
+    assert re.fullmatch("keyed-[0-9a-f]{64}", cat["uuid"]) and cat["uuid"] != other["uuid"]
     assert (video, text) == (VIDEO, TEXT)
     assert held.request["ec_transfer_params"] == {
-        "my-cat": {"item_indices": [0, 3], "metadata": grid},
+        cat["uuid"]: {"item_indices": [0, 3], "metadata": grid},
         other["uuid"]: {"item_indices": [2], "metadata": grid},
     }
     # What ECExampleConnector opens, by the name alone.
-    for name in ("my-cat", other["uuid"]):
+    for name in (cat["uuid"], other["uuid"]):
         assert load_file(store / name / "encoder_cache.safetensors")["ec_cache"].shape == (6, 128)
     assert len(held.leases) == 2
 
@@ -165,9 +168,9 @@ def test_every_form_of_an_image_that_vllm_takes_is_taken(client: EncoderClient, 
 
 
 @pytest.mark.parametrize("uuid", ["a/b", "../../etc", "Katze ü", "x" * 200, "content-" + "0" * 64])
-def test_a_uuid_that_is_no_file_name_is_stored_under_a_hash_of_it(client: EncoderClient, uuid: str) -> None:
+def test_a_uuid_never_becomes_a_file_name(client: EncoderClient, uuid: str) -> None:
     (part,) = content(metadata_only(client, chat(image(9, uuid=uuid))).request)
-    assert part["uuid"].startswith("key-") and part["uuid"].isascii()
+    assert re.fullmatch("keyed-[0-9a-f]{64}", part["uuid"])
     by_name, direct = client.fetch([part["uuid"]])[0], client.encode_image(png(9))
     assert isinstance(by_name, Embedding) and np.array_equal(by_name.data, direct.data)
 
@@ -176,8 +179,8 @@ def test_a_uuid_that_is_no_file_name_is_stored_under_a_hash_of_it(client: Encode
 def test_bounds_are_applied_here_and_are_part_of_the_name(face: Chat, options: dict[str, Any]) -> None:
     plain, bounded = chat(image(10, uuid="b")), chat(image(10, uuid="b"), mm_processor_kwargs=options)
     (whole,), (small,) = content(face.metadata(plain).request), content(face.metadata(bounded).request)
-    assert whole["image_embeds"] == {"image_grid_thw": [1, 4, 6]} and whole["uuid"] == "b"
-    assert small["image_embeds"] == {"image_grid_thw": [1, 2, 4]} and small["uuid"] != "b"
+    assert whole["image_embeds"] == {"image_grid_thw": [1, 4, 6]} and whole["uuid"] != "b"
+    assert small["image_embeds"] == {"image_grid_thw": [1, 2, 4]} and small["uuid"] not in ("b", whole["uuid"])
     inline = face.inline(bounded)
     assert "mm_processor_kwargs" not in inline and "mm_processor_kwargs" not in face.metadata(bounded).request
     # vLLM hashes what has no uuid: under "b" it may know the whole picture.

@@ -110,7 +110,7 @@ def item(values: torch.Tensor, grid: Grid = GRID, pixels: PixelSpec | None = PIX
 
 def test_uint8_goes_as_it_is_one_slice_of_it() -> None:
     sent = item(values := picture())
-    assert sent.key == "key"
+    assert sent.key == ""  # the sidecar names it by its content
     assert sent.patches.dtype == pb.UINT8 and sent.patches.scale == pb.Patches.PIXELS
     assert sent.patches.single_slice
     assert sent.patches.data == single_slice(values)

@@ -17,7 +17,7 @@ from faulty_sidecar import Fault, FaultySidecar
 from servers import Server, StartServer, spawn
 
 from sidecar.artifact import open_artifact
-from sidecar.client import EncoderClient
+from sidecar.client import Embedding, EncoderClient
 from sidecar.integrations.vllm.features import Wanted
 from sidecar.integrations.vllm.fetcher import Fetch, Fetcher
 from sidecar.integrations.vllm.files import LocalFile, LocalFiles
@@ -149,45 +149,62 @@ def faulty(server: Server) -> Iterator[FaultySidecar]:
         yield sidecar
 
 
-def answered_by(server: Server, key: str) -> Array:
-    with server.client() as client:
-        (result,) = client.fetch([key], LONG_S)
-    return result.data  # type: ignore[union-attr]
+def encoded(address: str, image: Wanted, tower: TowerSpec, key: str = "") -> Embedding:
+    """What a sidecar gives for the same pixels; under a key, as a proxy in front of vLLM stores it for metadata-only items."""
+    item = image.item(tower, None)
+    item.key = key
+    with EncoderClient(address) as client:
+        (result,) = client.encode([item], LONG_S)
+    assert isinstance(result, Embedding)
+    return result
 
 
 def test_on_the_sidecars_host_the_file_is_a_link_to_its_own(server: Server, store: Path, vllm: StartVllm) -> None:
     worker = vllm(server.address)
     worker.fetcher._meeting.result(LONG_S)
     fetch = worker.obtain(image := worker.image())
-    assert np.array_equal(worker.rows(fetch), answered_by(server, image.key))
+    known = encoded(server.address, image, worker.tower)
+    assert known.cached and np.array_equal(worker.rows(fetch), known.data)
     assert fetch.file is not None
-    assert (worker.files.path / fetch.file.name / FILE_NAME).samefile(store / image.key / FILE_NAME)
+    assert (worker.files.path / fetch.file.name / FILE_NAME).samefile(store / known.key / FILE_NAME)
     assert worker.outcomes() == {"linked": 1}
 
 
 def test_from_another_host_it_is_written_here(server: Server, store: Path, vllm: StartVllm) -> None:
     worker = vllm(server.address, store="off")
     fetch = worker.obtain(image := worker.image())
-    assert np.array_equal(worker.rows(fetch), answered_by(server, image.key))
+    assert np.array_equal(worker.rows(fetch), encoded(server.address, image, worker.tower).data)
     assert worker.outcomes() == {"sent": 1}
+
+
+def test_vllms_identifier_does_not_name_what_its_pixels_say(server: Server, vllm: StartVllm) -> None:
+    """Two vLLMs, or one before and after a restart, or a client who sends another picture's hash: one name, other pixels."""
+    one, other = vllm(server.address), vllm(server.address, store="off")
+    first, second = one.image("the same"), other.image("the same")
+    rows = [one.rows(one.obtain(first)), other.rows(other.obtain(second))]
+    assert not np.array_equal(*rows)
+    for image, its_rows in zip((first, second), rows, strict=True):
+        assert np.array_equal(encoded(server.address, image, one.tower).data, its_rows)
+    # And it names nothing for those who ask by key, whom it would otherwise give what any client of a vLLM has sent.
+    assert (one.obtain(one.known("the same")).failure or "").startswith("NOT_FOUND")
 
 
 def test_a_metadata_only_item_is_fetched_by_its_key(server: Server, vllm: StartVllm) -> None:
     worker = vllm(server.address)
-    worker.obtain(image := worker.image())
+    image = worker.image()
+    stored = encoded(server.address, image, worker.tower, key=image.key)
     fetch = worker.obtain(worker.known(image.key))
-    assert np.array_equal(worker.rows(fetch), answered_by(server, image.key))
-    assert worker.outcomes()["fetched"] == 1
+    assert np.array_equal(worker.rows(fetch), stored.data)
+    assert worker.outcomes() == {"fetched": 1}
 
 
 def test_a_key_is_found_at_whichever_sidecar_has_it(server: Server, start_server: StartServer, vllm: StartVllm) -> None:
     other = start_server("--threads", "1", "--precision", "f32", "--embedding-dtype", "float32")
     worker = vllm([server.address, other.address])
     image = worker.image()
-    with other.client() as client:
-        client.encode([image.item(worker.tower, None)], LONG_S)
+    stored = encoded(other.address, image, worker.tower, key=image.key)
     fetch = worker.obtain(worker.known(image.key))
-    assert np.array_equal(worker.rows(fetch), answered_by(other, image.key))
+    assert np.array_equal(worker.rows(fetch), stored.data)
     unknown = worker.obtain(worker.known("nobody-has-it"))
     assert unknown.failure is not None and unknown.failure.startswith("NOT_FOUND")
 
@@ -223,7 +240,8 @@ def test_a_sidecar_that_is_always_wrong_is_given_up(faulty: FaultySidecar, vllm:
 def test_what_a_key_stands_for_is_checked_as_well(faulty: FaultySidecar, vllm: StartVllm, fault: Fault) -> None:
     """Here the client has sent no grid that it could compare."""
     worker = vllm(faulty.address, attempts=1)
-    worker.obtain(image := worker.image())
+    image = worker.image()
+    encoded(faulty.address, image, worker.tower, key=image.key)
     faulty.answer(fault)
     assert worker.obtain(worker.known(image.key)).failure
     assert worker.obtain(worker.known(image.key)).file is not None
@@ -231,7 +249,8 @@ def test_what_a_key_stands_for_is_checked_as_well(faulty: FaultySidecar, vllm: S
 
 def test_what_is_wrong_is_said(faulty: FaultySidecar, vllm: StartVllm) -> None:
     worker = vllm(faulty.address, attempts=1)
-    worker.obtain(image := worker.image())
+    image = worker.image()
+    encoded(faulty.address, image, worker.tower, key=image.key)
     said = {}
     for fault in (Fault.WIDTH_WRONG, Fault.NAN, Fault.OTHER_FINGERPRINT, Fault.OTHER_GRID):
         faulty.answer(fault)
@@ -439,10 +458,8 @@ def test_many_at_once_all_arrive(server: Server, vllm: StartVllm) -> None:
     images = [worker.image() for _ in range(12)]
     fetches = [worker.fetcher.start(image) for image in images]
     for image, fetch in zip(images, fetches, strict=True):
-        with EncoderClient(server.address) as client:
-            wait(fetch)
-            (result,) = client.fetch([image.key], LONG_S)
-        assert np.array_equal(worker.rows(fetch), result.data)  # type: ignore[union-attr]
+        wait(fetch)
+        assert np.array_equal(worker.rows(fetch), encoded(server.address, image, worker.tower).data)
 
 
 def test_closing_gives_back_the_leases_of_what_was_under_way(faulty: FaultySidecar, vllm: StartVllm) -> None:

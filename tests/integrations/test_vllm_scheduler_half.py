@@ -266,6 +266,28 @@ def test_files_of_a_cache_that_vllm_has_reset_do_not_stay_for_good() -> None:
     assert half.has_cache_item("picture-7") and not half.has_cache_item("picture-0")
 
 
+@pytest.mark.parametrize("first_brings", ["pixels", "nothing"])
+def test_a_uuid_given_to_another_picture_after_vllm_has_reset_its_cache_is_asked_for_anew(first_brings: str) -> None:
+    """Of the same size, so that nothing but its content tells it apart."""
+    half = Half()
+    first, second = (
+        request("first", Picture("uuid", brings=first_brings, shows=1)),
+        request("second", Picture("uuid", shows=2)),
+    )
+    half.ensure_cache_available(first, 0)
+    half.sidecars.succeed_all()
+    (before,) = half.schedule((first, 0)).values()
+    half.step_has_run()
+    half.update_state_after_free(first, 0)
+    half.request_finished(first)
+    assert not half.ensure_cache_available(second, 0)
+    assert half.sidecars.started == ["uuid", "uuid"]
+    half.sidecars.succeed_all()
+    assert half.ensure_cache_available(second, 0)
+    (after,) = half.schedule((second, 0)).values()
+    assert after.name != before.name and half.sidecars.files == {after.name}
+
+
 def test_a_picture_that_a_session_adds_later_is_waited_for() -> None:
     half = Half()
     session = request("session", "a")

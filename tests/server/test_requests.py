@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 from pictures import encoded, picture
 from servers import Server
 
-from sidecar.client import Embedding, EncoderClient, ItemError, RequestTooLargeError
+from sidecar.client import Embedding, EncoderClient, RequestTooLargeError
 from sidecar.errors import InvalidRequest
-from sidecar.items import image_item, patches_item
+from sidecar.items import image_item, patches_item, rgb_image_item, rgb_video_item
 from sidecar.pb import encoder_pb2 as pb
 from sidecar.server.requests import parse_request
 from sidecar.vision.dtypes import DType
@@ -201,29 +201,75 @@ def test_keys_are_data_whatever_they_look_like(server: Server, client: EncoderCl
     assert files() == before
 
 
-def test_a_key_names_one_content(client: EncoderClient) -> None:
-    """Who gives a key says what it names: the second item is answered with what the first one was."""
-    first, second = client.encode([image_item(PNG, key="same"), image_item(encoded(picture(84, 56)), key="same")])
+def test_one_key_for_two_contents_gives_each_its_own(client: EncoderClient) -> None:
+    """In one request, after one another, and where the key is asked for alone: then it stands for the later one, whole."""
+    other = encoded(picture(56, 84, seed=77))
+    alone = [client.encode_image(image).data for image in (PNG, other)]
+    assert not np.array_equal(alone[0], alone[1])
+    first, second = client.encode([image_item(PNG, key="same"), image_item(other, key="same")])
     assert isinstance(first, Embedding) and isinstance(second, Embedding)
-    assert first.grid == second.grid and np.array_equal(first.data, second.data)
-    again, bounded = client.encode([image_item(PNG, key="same"), image_item(PNG, key="same", max_pixels=28 * 28 * 2)])
-    assert isinstance(again, Embedding) and isinstance(bounded, Embedding)
-    assert again.cached and bounded.tokens < again.tokens  # bounds of its own make it another embedding
-    assert {again.key, bounded.key} == {"same"}
+    assert np.array_equal(first.data, alone[0]) and np.array_equal(second.data, alone[1])
+    for image, wanted in ((other, alone[1]), (PNG, alone[0]), (other, alone[1])):
+        again = client.encode([image_item(image, key="same")])[0]
+        assert isinstance(again, Embedding) and again.cached and again.key == "same"
+        by_key, no_content = client.fetch(["same"])[0], client.encode([pb.Item(key="same")])[0]
+        for known in (again, by_key, no_content):
+            assert isinstance(known, Embedding) and np.array_equal(known.data, wanted)
+    bounded = client.encode([image_item(PNG, key="same", max_pixels=28 * 28 * 2)])[0]
+    assert isinstance(bounded, Embedding) and bounded.tokens < first.tokens and bounded.key == "same"
 
 
-def test_patches_of_another_grid_than_their_key_names_are_refused(client: EncoderClient) -> None:
-    values = np.zeros((24, 1176), np.uint8)
-    client.encode([patches_item(values, Grid(1, 4, 6), DType.UINT8, key="patches")])
-    known, refused = client.encode(
-        [
-            patches_item(values, Grid(1, 4, 6), DType.UINT8, key="patches"),
-            patches_item(values, Grid(1, 6, 4), DType.UINT8, key="patches"),
-        ]
-    )
-    assert isinstance(known, Embedding) and known.cached
-    assert isinstance(refused, ItemError) and refused.code == "INVALID_ARGUMENT"
-    assert "grid (1, 4, 6); patches of another need another key" in refused.message
+@pytest.mark.parametrize("kind", ["image", "rgb_image", "rgb_video", "patches", "large"])
+def test_every_kind_of_content_is_looked_at(client: EncoderClient, kind: str) -> None:
+    side = 28 * 16 if kind == "large" else 56  # over what is hashed on the event loop
+
+    def made(seed: int) -> pb.Item:
+        pixels = picture(side, side, seed)
+        if kind == "image":
+            return image_item(encoded(pixels), key=kind)
+        if kind == "rgb_video":
+            return rgb_video_item(np.stack([pixels, pixels]), key=kind)
+        if kind == "patches":
+            values = np.random.default_rng(seed).integers(0, 256, (16, 1176), np.uint8)
+            return patches_item(values, Grid(1, 4, 4), DType.UINT8, key=kind)
+        return rgb_image_item(pixels, key=kind)
+
+    items = [made(1), made(2)]
+    results = client.encode([*items, items[0]], timeout_s=60)
+    with_key = [result.data for result in results if isinstance(result, Embedding)]
+    for item in items:
+        item.key = ""
+    results = client.encode(items, timeout_s=60)
+    without = [result.data for result in results if isinstance(result, Embedding)]
+    assert not np.array_equal(without[0], without[1])
+    for ours, theirs in zip(with_key, [*without, without[0]], strict=True):
+        assert np.array_equal(ours, theirs)
+
+
+def test_equal_bytes_of_another_shape_or_meaning_are_other_content(client: EncoderClient) -> None:
+    values = np.random.default_rng(0).integers(0, 256, (24, 1176), np.uint8)
+    wide, high = (patches_item(values, Grid(1, *sides), DType.UINT8, key="k") for sides in ((4, 6), (6, 4)))
+    pixels = picture(56, 84)
+    turned = rgb_image_item(pixels.reshape(84, 56, 3), key="k")
+    results = client.encode([wide, high, rgb_image_item(pixels, key="k"), turned])
+    assert [tuple(result.grid) for result in results if isinstance(result, Embedding)] == [
+        (1, 4, 6),
+        (1, 6, 4),
+        (1, 4, 6),
+        (1, 6, 4),
+    ]
+
+
+def test_many_callers_of_one_key_each_get_their_own(client: EncoderClient) -> None:
+    pictures = [encoded(picture(56, 56, seed)) for seed in range(4)]
+    alone = [client.encode_image(image).data for image in pictures]
+
+    def ask(number: int) -> bool:
+        (result,) = client.encode([image_item(pictures[number % 4], key="fought over")], timeout_s=60)
+        return isinstance(result, Embedding) and np.array_equal(result.data, alone[number % 4])
+
+    with ThreadPoolExecutor(16) as callers:
+        assert all(callers.map(ask, range(120)))
 
 
 def test_without_a_key_the_content_and_its_bounds_are_the_key(client: EncoderClient) -> None:

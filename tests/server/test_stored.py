@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -80,6 +81,39 @@ def test_stock_vllm_finds_it_under_its_own_key(mapped: EncoderClient, store: Pat
     assert np.array_equal(tensor.view(torch.uint16).numpy(), embedding.data)
 
 
+def stock_reads(store: Path, key: str) -> np.ndarray | None:
+    """As ECExampleConnector: it looks, makes a directory where there is none, and loads."""
+    found = store / key / "encoder_cache.safetensors"
+    found.parent.mkdir(exist_ok=True)
+    return load_file(found)["ec_cache"].view(torch.uint16).numpy() if found.exists() else None
+
+
+def test_stock_vllm_finds_what_a_key_was_last_used_for(mapped: EncoderClient, store: Path) -> None:
+    assert stock_reads(store, "reused") is None
+    for seed in (21, 22, 21):
+        embedding = one(mapped.encode([item(seed, key="reused")]))
+        found = stock_reads(store, "reused")
+        assert found is not None and np.array_equal(found, embedding.data)
+
+
+def test_who_holds_a_lease_is_never_led_to_another_picture_by_the_key(mapped: EncoderClient, store: Path) -> None:
+    """While two callers may both send readers there by the key, it leads nowhere; each one's own file stays."""
+    first = one(mapped.encode([item(23, key="contested")], hold=True))
+    second = one(mapped.encode([item(24, key="contested")], hold=True))
+    assert first.path is not None and second.path is not None and first.path != second.path
+    assert stock_reads(store, "contested") is None
+    assert isinstance(mapped.fetch(["contested"])[0], ItemError)
+    for embedding in (first, second):
+        (again,) = mapped.fetch([embedding.path.parent.name])  # type: ignore[union-attr]
+        assert isinstance(again, Embedding) and np.array_equal(again.data, embedding.data)
+    one(mapped.encode([item(23, key="contested")]))
+    assert stock_reads(store, "contested") is None  # the second one still holds its lease
+    mapped.release([first.lease, second.lease])
+    one(mapped.encode([item(24, key="contested")]))
+    found = stock_reads(store, "contested")
+    assert found is not None and np.array_equal(found, second.data)
+
+
 @pytest.mark.parametrize(
     "key", ["../../etc/passwd", "/etc/passwd", "a/b", ".hidden", "..", "é", "k" * 200, "with space"]
 )
@@ -87,7 +121,13 @@ def test_a_key_is_data_and_never_a_path(mapped: EncoderClient, sent: EncoderClie
     embedding = one(mapped.encode([item(4, key=key)]))
     assert embedding.key == key
     assert embedding.path is not None and embedding.path.parent.parent == store
-    assert embedding.path.parent.name.startswith("key-")
+    assert re.fullmatch("keyed-[0-9a-f]{64}", embedding.path.parent.name)
+    (link,) = (
+        each
+        for each in store.iterdir()
+        if each.is_symlink() and each.readlink() == embedding.path.parent.relative_to(store)
+    )
+    assert re.fullmatch("key-[0-9a-f]{64}", link.name)
     assert np.array_equal(one(sent.fetch([key])).data, embedding.data)
 
 

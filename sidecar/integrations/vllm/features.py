@@ -33,7 +33,10 @@ class Wanted:
     """One embedding that a request needs.
 
     Attributes:
-        key: vLLM's identifier of the content, by which sidecars know it too.
+        key: vLLM's identifier of the content: its hash of the picture, or the caller's uuid. A sidecar is told it only where
+            there are no pixels to send. vLLM's hash covers no setting of its server that changes pixels, another vLLM may use
+            a uuid for another picture, and a client may send any hash as its uuid; so pixels go without a name, and the
+            sidecar, which hashes them, names them.
         tokens: rows that vLLM has kept room for.
         pixels: its patches as vLLM has them, (N, values) of a torch tensor; None where the request brought none, and the
             embedding is to be found under its key.
@@ -54,8 +57,17 @@ class Wanted:
         values, dtype = _array(self.pixels)
         if dtype is not DType.UINT8 and pixels is not None:
             values, dtype = _as_pixels(values, dtype, self.grid, tower, pixels)
-        single = self.grid.t == 1 and (half := _one_slice(values, tower)) is not None
-        return patches_item(half if single else values, self.grid, dtype, single_slice=single, key=self.key)  # type: ignore[arg-type]
+        half = _one_slice(values, tower) if self.grid.t == 1 else None
+        return patches_item(values if half is None else half, self.grid, dtype, single_slice=half is not None)
+
+    def is_of(self, other: Wanted) -> bool:
+        """Whether an embedding of `other` may be taken for this one: its pixels are the same, or this has none, and comes under
+        the same key. Milliseconds for large images, unless vLLM's cache of processed inputs gave both.
+        """
+        ours, theirs = self.pixels, other.pixels
+        if ours is None or ours is theirs:
+            return True
+        return theirs is not None and ours.dtype == theirs.dtype and bool(ours.equal(theirs))
 
 
 def wanted_of(feature: Any, tower: TowerSpec) -> Wanted | None:

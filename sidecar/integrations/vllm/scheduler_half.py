@@ -231,6 +231,10 @@ class SchedulerHalf:
 
     def _fetch_of(self, request_id: str, wanted: Wanted) -> Fetch:
         entry = self._entries.get(wanted.key)
+        if entry is not None and not entry.users and not self._may_answer(entry, wanted):
+            entry.cached_by_vllm = False
+            self._drop_if_unneeded(wanted.key, entry)
+            entry = None
         if entry is None:
             entry = self._entries[wanted.key] = _Entry(self._fetcher.start(wanted))
         elif entry.fetch.failure is not None and entry.fetch.wanted.grid == wanted.grid:
@@ -239,6 +243,12 @@ class SchedulerHalf:
                 entry.fetch = self._fetcher.start(wanted)  # somebody else's failure is not this request's
         entry.users.add(request_id)
         return entry.fetch
+
+    def _may_answer(self, entry: _Entry, wanted: Wanted) -> bool:
+        """Whether what is kept for vLLM's encoder cache alone is of this content. vLLM may have reset that cache, which it tells
+        nobody, and its caller may have given the uuid to another picture since. One of another grid is told apart elsewhere.
+        """
+        return entry.fetch.wanted.grid != wanted.grid or wanted.is_of(entry.fetch.wanted)
 
     def _is_at_hand(self, request: Any, known: _Request, index: int, fetch: Fetch) -> bool:
         if fetch.wanted.grid != known.wanted[index].grid:
