@@ -18,6 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from sidecar.artifact import MANIFEST, SEAL, ArtifactError, open_artifact
+from sidecar.vision.digits import apart
 
 _MOUNTS = Path("/proc/self/mountinfo")
 # What a new ext4 file system holds.
@@ -112,9 +113,10 @@ def check_space(directory: Path, needed_bytes: int, out: Path) -> None:
     """
     free = shutil.disk_usage(directory).free
     if free < needed_bytes:
+        needed_mb, free_mb = apart(needed_bytes / 1e6, free / 1e6, 1)
         raise ExportError(
-            f"the artifact takes about {_megabytes(needed_bytes)} MB, and the file system of {out} has "
-            f"{_megabytes(free)} MB free; free some, or choose another --out"
+            f"the artifact takes about {needed_mb} MB, and the file system of {out} has {free_mb} MB free; free some, or "
+            "choose another --out"
         )
 
 
@@ -224,7 +226,3 @@ def _remove_empty(directories: list[Path]) -> None:
     for directory in directories:
         with suppress(OSError):
             directory.rmdir()
-
-
-def _megabytes(size: int) -> str:
-    return f"{size / 1e6:,.1f}" if size < 100e6 else f"{size / 1e6:,.0f}"

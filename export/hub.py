@@ -48,6 +48,7 @@ from sidecar.vision.checkpoint_files import (
     parse_json,
     read_header,
 )
+from sidecar.vision.digits import apart
 
 logger = logging.getLogger(__name__)
 
@@ -139,9 +140,10 @@ class HubFiles:
         self._vision.mkdir(parents=True, exist_ok=True)
         needed, free = sum(tensor.end - tensor.start for tensor in ordered), shutil.disk_usage(self._vision).free
         if free < needed:
+            needed_mb, free_mb = apart(needed / 1e6, free / 1e6)
             raise CheckpointError(
-                f"the vision tensors of {shard} take {needed / 1e6:,.0f} MB, and the hub's cache has {free / 1e6:,.0f} MB "
-                "free: free some space there, or set HF_HOME to another place"
+                f"the vision tensors of {shard} take {needed_mb} MB, and the hub's cache has {free_mb} MB free: free some "
+                "space there, or set HF_HOME to another place"
             )
         # Under a name of its own until it is whole, so that neither a crash nor a second process leaves half a file.
         part = self._vision / f"{shard}.{uuid.uuid4().hex}.part"

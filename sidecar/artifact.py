@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Self
 
+from sidecar.vision.digits import apart
 from sidecar.vision.dtypes import DType
 from sidecar.vision.spec import PixelSpec, SpecError, TowerSpec
 
@@ -56,7 +57,8 @@ class Accuracy:
         """What is wrong with it, for a person."""
         if not self.finite:
             return "some embeddings were not finite"
-        return f"row-wise cosine against float32 torch fell to {self.cosine_min:.5f}, the bar is {self.bar:.5f}"
+        cosine, bar = apart(self.cosine_min, self.bar, 5)
+        return f"row-wise cosine against float32 torch fell to {cosine}, the bar is {bar}"
 
     def to_dict(self) -> dict[str, Any]:
         return {

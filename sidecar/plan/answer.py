@@ -13,7 +13,8 @@ from sidecar.plan.traffic import Traffic
 
 # A curve over rates, in parts of what the GPUs alone can do: far enough that they are overloaded at its end.
 _GRID = tuple(round(0.1 * step, 2) for step in range(1, 13))
-_GRID_ITEMS = 2500
+# Of a longer record only so many pictures are simulated at each of those rates; the default traffic is scanned whole.
+MOST_SCANNED = 10_000
 _BISECTIONS = 4
 # Less than that is no help but chance.
 _HELP = 0.98
@@ -50,7 +51,8 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """Latency over rates: (requests a second, ms) at the percentile that is looked at."""
+    """Latency over rates: (requests a second, ms) at the percentile that is looked at. The rate that was asked about is among
+    them with the table's own value, and so are the rates at which the crossover was looked for."""
 
     cpus: int
     points: list[tuple[float, float]]
@@ -81,6 +83,11 @@ class Plan:
     def percent(self) -> int:
         return self.target.percent if self.target else 95
 
+    @property
+    def scanned(self) -> int:
+        """How many of the traffic's pictures the curves and the crossover stand for; the table is of all."""
+        return min(MOST_SCANNED, len(self.traffic.arrivals))
+
 
 def plan(
     traffic: Traffic,
@@ -105,7 +112,7 @@ def plan(
                 break
     helpers = max(1, chosen.cpus if chosen else max((row.cpus for row in rows), default=1) if target else 1)
     found = Plan(traffic, fleet, target, rows, chosen, None)
-    scan = _Scan(traffic, fleet, found.percent, seed)
+    scan = _Scan(traffic, fleet, rows, found.percent, seed)
     crossover = scan.crossover(helpers) if fleet.gpus and fleet.cpu else None
     drawn = sorted({0, 1, helpers, rows[-1].cpus} if fleet.cpu else {0}) if curves else []
     return replace(found, crossover=crossover, curves=[scan.curve(count) for count in drawn if fleet.gpus + count])
@@ -128,17 +135,22 @@ def capacity_per_s(traffic: Traffic, fleet: Fleet) -> float:
 class _Scan:
     """The same traffic at other rates."""
 
-    def __init__(self, traffic: Traffic, fleet: Fleet, percent: int, seed: int) -> None:
-        self._traffic = traffic.at_speed(1.0, _GRID_ITEMS)
+    def __init__(self, traffic: Traffic, fleet: Fleet, rows: Sequence[Row], percent: int, seed: int) -> None:
+        self._traffic = traffic.at_speed(1.0, MOST_SCANNED)
         self._fleet = fleet
         self._percent = percent
         self._seed = seed
         self._known: dict[tuple[int, float], float] = {}
         alone = replace(fleet, cpus=0) if fleet.gpus else replace(fleet, cpus=1)
         self._unit = capacity_per_s(self._traffic, alone)
+        self._asked = self._traffic.rate_per_s / self._unit
+        if len(self._traffic.arrivals) == len(traffic.arrivals) and math.isfinite(self._asked):
+            self._known = {(row.cpus, self._asked): row.latency_ms[percent] for row in rows}
 
     def curve(self, cpus: int) -> Curve:
-        return Curve(cpus, [(part * self._unit, self._ms(cpus, part)) for part in _GRID])
+        asked = [self._asked] if math.isfinite(self._asked) else []
+        parts = {*_GRID, *asked, *(part for count, part in self._known if count == cpus)}
+        return Curve(cpus, [(part * self._unit, self._ms(cpus, part)) for part in sorted(parts)])
 
     def crossover(self, cpus: int) -> Crossover:
         """Between the last rate on the grid at which they do not help and the first from which on they always do."""
@@ -161,7 +173,7 @@ class _Scan:
         key = cpus, part
         if key not in self._known:
             rate = self._traffic.rate_per_s
-            speed = part * self._unit / rate if math.isfinite(rate) else 1.0
+            speed = part / self._asked if math.isfinite(rate) else 1.0
             simulated = simulate(self._traffic.at_speed(speed), replace(self._fleet, cpus=cpus), self._seed)
             self._known[key] = Row.of(cpus, simulated).latency_ms[self._percent]
         return self._known[key]

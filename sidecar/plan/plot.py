@@ -40,6 +40,7 @@ def draw(plan: Plan) -> str:
             text(_LEFT, 40, title, size=21, weight=600),
             text(_LEFT, 64, _sentence(answer(plan)), FAINT),
             text(_LEFT, 83, _sentence(crossover(plan)), FAINT),
+            text(_LEFT, 102, _scanned(plan), FAINT),
             *_grid(rate, latency),
             *_marks(plan, rate, latency),
             *_lines(plan, rate, latency),
@@ -96,6 +97,12 @@ def _name(curve: Curve, plan: Plan) -> str:
     if not curve.cpus:
         return f"{gpus} alone"
     return f"{gpus} + {cpus}" if plan.fleet.gpus else cpus
+
+
+def _scanned(plan: Plan) -> str:
+    """Of what the curves are, where that is not what the answer is of."""
+    items = len(plan.traffic.arrivals)
+    return f"Curves: the first {plan.scanned:,} of {items:,} pictures; answer: all" if plan.scanned < items else ""
 
 
 def _sentence(text: str) -> str:

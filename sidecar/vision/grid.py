@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+from sidecar.vision.digits import apart
 from sidecar.vision.spec import TowerSpec
 
 # Qwen2-VL's limit on a picture's long side over its short side (`smart_resize` in transformers).
@@ -55,8 +56,9 @@ def resized_size(height: int, width: int, *, factor: int, min_pixels: int, max_p
         raise GridError(f"a picture of {width}×{height} pixels has no area")
     ratio = max(height, width) / min(height, width)
     if ratio > MAX_ASPECT_RATIO:
+        shown, _ = apart(ratio, MAX_ASPECT_RATIO)
         raise GridError(
-            f"a picture of {width}×{height} pixels has an aspect ratio of {ratio:.0f}; the model takes at most {MAX_ASPECT_RATIO}"
+            f"a picture of {width}×{height} pixels has an aspect ratio of {shown}; the model takes at most {MAX_ASPECT_RATIO}"
         )
     new_height = round(height / factor) * factor
     new_width = round(width / factor) * factor

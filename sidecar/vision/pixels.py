@@ -247,7 +247,7 @@ def _denormalised(values: npt.NDArray[Any], tower: TowerSpec, pixels: PixelSpec)
         if not (low >= -255 and high <= 510):  # NaN fails here too
             raise PixelError(
                 "normalised patches must be finite and stand for pixels of about 0…255, these stand for "
-                f"{low:g} to {high:g}: were they normalised, and with this checkpoint's image_mean and image_std?"
+                f"{low!s} to {high!s}: were they normalised, and with this checkpoint's image_mean and image_std?"
             )
         exact[rows] = units.reshape(len(units), -1)
         if lossless:

@@ -256,6 +256,7 @@ def test_damaged_repositories_are_explained(hub: Mirror, tmp_path: Path) -> None
         open_checkpoint(REPO, cache_dir=tmp_path / "5")
 
 
+@pytest.mark.filterwarnings("ignore:Not enough free disk space")
 def test_a_cache_without_room_is_told_before_the_download(
     hub: Mirror, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

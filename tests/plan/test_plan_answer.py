@@ -120,7 +120,25 @@ def test_the_picture_has_a_line_for_each_number_of_sidecars() -> None:
     assert "1 GPU alone" in texts and f"1 GPU + {found.chosen.cpus} CPUs" in texts
     assert any(text.startswith("target 500 ms") for text in texts)
     assert f"{found.chosen.cpus} CPU sidecars beside 1 GPU: " in texts[1] and "beside 1 GPU lower" in texts[2]
-    assert len(found.curves) >= 2 and all(len(curve.points) == 12 for curve in found.curves)
+    assert len(found.curves) >= 2 and all(len(curve.points) > 12 for curve in found.curves)
+    assert not any(text.startswith("Curves:") for text in texts)
+
+
+def test_the_picture_s_lines_are_of_what_table_and_crossover_say() -> None:
+    found = planned(90.0, 100.0, curves=True)
+    table = {row.cpus: row.latency_ms[95] for row in found.rows}
+    points = {curve.cpus: dict(curve.points) for curve in found.curves}
+    asked = pytest.approx(found.traffic.rate_per_s)
+    assert found.crossover is not None and len(table.keys() & points.keys()) >= 2
+    for cpus in table.keys() & points.keys():
+        assert [ms for rate, ms in points[cpus].items() if rate == asked] == [table[cpus]]
+    at = found.crossover.rate_per_s
+    assert points[found.crossover.cpus][at] < points[0][at]
+
+
+def test_a_picture_of_a_part_of_the_traffic_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sidecar.plan.answer.MOST_SCANNED", 1000)
+    assert "Curves: the first 1,000 of 3,000 pictures; answer: all" in draw(planned(90.0, curves=True))
 
 
 def fleet(**others: Any) -> Fleet:

@@ -104,12 +104,12 @@ class Options:
         for name in ("unread_seconds", "request_seconds", "drain_seconds"):
             if not 0 < getattr(self, name) <= _LONGEST_S:
                 raise SettingsError(
-                    f"{flag_name(name)} must be above 0 and at most {_LONGEST_S:.0f}, got {getattr(self, name):g}"
+                    f"{flag_name(name)} must be above 0 and at most {_LONGEST_S:.0f}, got {getattr(self, name)!r}"
                 )
         if self.unread_seconds <= self.request_seconds:
             # Prefill reads only once it has the answers of all encode workers that a request's images went to.
             raise SettingsError(
-                f"--unread-seconds ({self.unread_seconds:g}) must be more than --request-seconds ({self.request_seconds:g})"
+                f"--unread-seconds ({self.unread_seconds:.12g}) must be more than --request-seconds ({self.request_seconds:.12g})"
             )
         if self.local_bytes < 1:
             raise SettingsError(f"--local-bytes must be at least 1, got {self.local_bytes}")
