@@ -2,7 +2,7 @@
 
     EPD_VLLM/bin/python -m bench.connector MODEL --server ADDRESS
 
-Run by the Python of vLLM's environment. Each picture is known to the sidecar, under the key that vLLM will ask for, before vLLM
+Run by the Python of vLLM's environment. The sidecar has encoded each picture, from the pixels that vLLM will send, before vLLM
 sees it. Then the same request is made twice in turn: once vLLM has to get the embedding through the connector, once it has it in
 its own cache. Text before the picture differs, so that no prefix is known, and vLLM's cache of processed pictures is off: the two
 differ by the connector alone.
@@ -22,13 +22,15 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
 os.environ |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
 
 import numpy as np
+import torch
 from PIL import Image
-from transformers import AutoImageProcessor
+from transformers import AutoConfig, AutoImageProcessor
 from vllm import LLM, SamplingParams
 
-from sidecar.client import EncoderClient, patches_item
-from sidecar.vision.dtypes import DType
+from sidecar.client import EncoderClient
+from sidecar.integrations.vllm.features import Wanted
 from sidecar.vision.grid import Grid
+from sidecar.vision.spec import TowerSpec
 
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 
@@ -50,6 +52,7 @@ def main() -> None:
     one_token = SamplingParams(max_tokens=1, temperature=0)
     chance = np.random.default_rng(time.time_ns())
     processor = AutoImageProcessor.from_pretrained(options.model)
+    tower = TowerSpec.from_config(AutoConfig.from_pretrained(options.model).to_dict())
 
     def ask(number: int, text: str, picture: Image.Image, key: str) -> float:
         prompt = {"prompt": f"{number} {text} {IMAGE}", "multi_modal_data": {"image": picture}}
@@ -64,9 +67,8 @@ def main() -> None:
             picture, key = Image.fromarray(pixels), f"bench-{chance.integers(1 << 62)}"
             made = processor(images=[picture], do_rescale=False, do_normalize=False, return_tensors="np")
             grid = Grid(*made["image_grid_thw"][0].tolist())
-            client.encode(
-                [patches_item(made["pixel_values"].astype(np.uint8), grid, DType.UINT8, key=key)], timeout_s=60
-            )
+            values = torch.from_numpy(made["pixel_values"].astype(np.uint8))
+            client.encode([Wanted(key, grid, grid.tokens(tower), values).item(tower, None)], timeout_s=60)
             first, again = ask(number, "once", picture, key), ask(number, "then", picture, key)
             if number >= 5:  # the first ones are everything's first time
                 fetched.append(first)

@@ -45,9 +45,9 @@ def main() -> None:
 
 def replica(model: str, name: str, engine: dict[str, Any], requests: list[dict[str, Any]]) -> dict[str, Any]:
     begun = time.monotonic()
-    limits = {"image": 1, "video": 0}
-    fixed: dict[str, Any] = {"enforce_eager": True, "max_model_len": 512, "limit_mm_per_prompt": limits, "seed": 0}
-    llm = LLM(model, max_num_seqs=8, **fixed | {"dtype": "float32"} | engine)
+    usual: dict[str, Any] = {"dtype": "float32", "enforce_eager": True, "max_model_len": 512, "max_num_seqs": 8}
+    usual["limit_mm_per_prompt"] = {"image": 1, "video": 0}
+    llm = LLM(model, seed=0, **usual | engine)
     sampling = SamplingParams(max_tokens=TOKENS, temperature=0, logprobs=1)
     prompts = [prompt(**request) for request in requests]
     at_start = len(TOWER_CALLS)

@@ -80,6 +80,8 @@ class Meter(threading.Thread):
     def _count(self) -> dict[str, tuple[int, int]]:
         found = {}
         for child in self._store.iterdir():
+            if child.is_symlink():  # a key, which leads to a file that is counted under its own name
+                continue
             with suppress(FileNotFoundError, NotADirectoryError):
                 file = (child / FILE_NAME).stat()
                 found[child.name] = (file.st_ino, file.st_blocks * 512)
