@@ -94,9 +94,14 @@ class StoreDirectory:
         draft = self._unnamed()
         draft.symlink_to(name)
         try:
-            with suppress(OSError):
-                (self.path / key).rmdir()  # vLLM's ECExampleConnector leaves one where it has looked in vain
-            draft.rename(self.path / key)
+            while True:
+                try:
+                    draft.rename(self.path / key)
+                    return
+                except IsADirectoryError:
+                    # vLLM's ECExampleConnector makes an empty one each time that it looks in vain.
+                    with suppress(FileNotFoundError):
+                        (self.path / key).rmdir()
         except OSError:
             draft.unlink(missing_ok=True)
             raise

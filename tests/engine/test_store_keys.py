@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -107,6 +109,28 @@ def test_an_empty_directory_in_its_place_does_not_hinder_it(store: Store, path: 
     (path / "key").mkdir()  # as ECExampleConnector makes
     sent(store, "one")
     assert stands_for(store) == "one"
+
+
+def test_a_reader_that_keeps_looking_in_vain_does_not_hinder_it(store: Store, path: Path) -> None:
+    """It makes the directory again as soon as it is gone."""
+    looking = threading.Event()
+
+    def look() -> None:
+        while not looking.is_set():
+            if not (path / "key" / FILE_NAME).exists():
+                with suppress(FileExistsError):
+                    (path / "key").mkdir()
+
+    reader = threading.Thread(target=look)
+    reader.start()
+    try:
+        for number in range(200):
+            sent(store, f"content-{number % 4}")
+            assert (path / "key").is_symlink()
+            store.use_key("key", "not kept", None)
+    finally:
+        looking.set()
+        reader.join()
 
 
 def test_what_cannot_be_linked_is_still_found(store: Store, path: Path) -> None:
