@@ -67,6 +67,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "runtime": ("auto", *RUNTIME_NAMES),
     "precision": ("auto", "f32", "bf16", "int8"),
     "embedding_dtype": _EMBEDDING_DTYPES,
+    "trial": ("auto", "never"),
     "log_level": ("debug", "info", "warning", "error"),
     "log_format": ("text", "json"),
 }
@@ -144,6 +145,11 @@ class Settings:
         "where compiled models are kept, so that a restart is quick; none turns it off (read-only file systems)",
         _default_cache(),
         parse=path_or_none,
+    )
+    trial: str = setting(
+        "auto: a child process loads each lane first, unless the same has run on this machine before and --cache-dir remembers "
+        "it, so that a crash of native code is an error message; never: no child process",
+        "auto",
     )
     max_message_bytes: int = setting(
         "largest request accepted. The whole of it is in memory at once, so it bounds what one caller can make us hold",

@@ -81,10 +81,12 @@ class Server:
 StartServer = Callable[..., Server]
 
 
-def spawn(artifact: Path, directory: Path, *flags: str, listen: str) -> tuple[subprocess.Popen[bytes], Path]:
+def spawn(
+    artifact: Path, directory: Path, *flags: str, listen: str, added: dict[str, str] | None = None
+) -> tuple[subprocess.Popen[bytes], Path]:
     """Start the command in a working directory of its own; return the process and its log.
 
-    Each has a store of its own, unless the flags name one.
+    Each has a store of its own, unless the flags name one. `added`: variables for its environment.
     """
     log = directory / "log"
     if "--store" not in flags:
@@ -92,7 +94,8 @@ def spawn(artifact: Path, directory: Path, *flags: str, listen: str) -> tuple[su
     command = [sys.executable, "-m", "sidecar", "serve", "--artifact", str(artifact), "--listen", listen]
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("EPD_", "DYN_"))}
     # gRPC's own lines on stderr would mix with the server's.
-    environment |= {"PYTHONPATH": str(ROOT), "GRPC_VERBOSITY": "NONE", "XDG_CACHE_HOME": str(directory)}
+    environment |= {"PYTHONPATH": str(ROOT), "GRPC_VERBOSITY": "NONE", "XDG_CACHE_HOME": str(shared_cache())}
+    environment |= added or {}
     with log.open("wb") as output:
         process = subprocess.Popen([*command, *flags], cwd=directory, env=environment, stdout=output, stderr=output)
     return process, log
@@ -103,6 +106,14 @@ def _stores() -> Path:
     """Where the stores lie: in shared memory where there is any. What killed servers leave there goes at the end."""
     memory = Path("/dev/shm")
     directory = Path(tempfile.mkdtemp(prefix="epd-tests-", dir=memory if memory.is_dir() else None))
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
+    return directory
+
+
+@cache
+def shared_cache() -> Path:
+    """One place for compiled models: only the first server of an artifact compiles it, and tries it in a child process."""
+    directory = Path(tempfile.mkdtemp(prefix="epd-tests-cache-"))
     atexit.register(shutil.rmtree, directory, ignore_errors=True)
     return directory
 
@@ -120,9 +131,11 @@ def exit_code(process: subprocess.Popen[bytes], timeout_s: float = 30) -> int:
         process.wait()
 
 
-def start(artifact: Path, directory: Path, *flags: str, timeout_s: float = 60) -> Server:
+def start(
+    artifact: Path, directory: Path, *flags: str, timeout_s: float = 60, added: dict[str, str] | None = None
+) -> Server:
     """Start a server on a free port and a unix socket, and return once it is ready."""
-    process, log = spawn(artifact, directory, *flags, listen=f"127.0.0.1:0,unix:{directory / 'sock'}")
+    process, log = spawn(artifact, directory, *flags, listen=f"127.0.0.1:0,unix:{directory / 'sock'}", added=added)
     ends = time.monotonic() + timeout_s
     while (ready := _READY.search(log.read_text())) is None:
         if process.poll() is not None or time.monotonic() > ends:

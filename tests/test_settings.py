@@ -36,6 +36,7 @@ SAMPLES: dict[str, tuple[str, Any, str, Any]] = {
     "warm_up_seconds": ("0", 0.0, "2.5", 2.5),
     "preprocess_threads": ("4", 4, "1", 1),
     "cache_dir": ("none", None, "/c", Path("/c")),
+    "trial": ("never", "never", "auto", "auto"),
     "max_message_bytes": ("1000", 1000, "2147483647", 2**31 - 1),
     "max_items": ("1", 1, "7", 7),
     "message_seconds": ("12.5", 12.5, "1", 1.0),

@@ -8,7 +8,11 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+from sidecar.runtimes.tried import SUFFIXES
+
 _SUM = ".sha256"
+# What is no model, and loses nothing by being changed.
+_OTHERS = (_SUM, *SUFFIXES)
 
 
 def discard_changed(directory: Path) -> None:
@@ -26,7 +30,7 @@ def record(directory: Path) -> None:
 
 
 def _blobs(directory: Path) -> list[Path]:
-    return [path for path in directory.rglob("*") if path.is_file() and path.suffix != _SUM]
+    return [path for path in directory.rglob("*") if path.is_file() and path.suffix not in _OTHERS]
 
 
 def _sha256(path: Path) -> str:

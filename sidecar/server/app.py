@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Coroutine
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, suppress
 from typing import Any
 
 import grpc
@@ -27,11 +26,12 @@ from sidecar.monitoring.metrics import Metrics
 from sidecar.monitoring.monitor import Monitor
 from sidecar.monitoring.snapshots import LoopSnapshot
 from sidecar.monitoring.tracing import Tracing
+from sidecar.runtimes.trial import Trials
 from sidecar.server import health
 from sidecar.server.arrivals import Arrivals
 from sidecar.server.calls import Calls
 from sidecar.server.contents import Preprocessor
-from sidecar.server.listening import bind, is_local, server_options
+from sidecar.server.listening import bind, is_local, remove_sockets, server_options
 from sidecar.server.loading import choose_variant, load_lanes, open_for, preprocess_threads
 from sidecar.server.model import Model, describe
 from sidecar.server.orders import Orders
@@ -39,18 +39,18 @@ from sidecar.server.receiving import Receiver
 from sidecar.server.reload import Reloader
 from sidecar.server.security import BearerTokens, TokenInterceptor, server_credentials
 from sidecar.server.service import SERVICE, EncoderService
+from sidecar.server.stopping import Stop, on_signal
 from sidecar.settings import Settings
 from sidecar.urls.fetcher import UrlFetcher
 
 logger = logging.getLogger(__name__)
 
-# How long a run may go on once its callers have been sent away.
-_LAST_RUN_S = 1.0
 # What is still open once all work is done: streams of reflection, connections.
 _LAST_STREAMS_S = 1.0
+# How long a run, or a decoder, may go on once its callers have been sent away.
+_LAST_RUN_S = 1.0
 _LOOK_S = 0.1
 _TRIM_S = 5.0
-_ONE_WISH_S = 0.3
 _PREPROCESS = "preprocess"
 # SHA-256 takes 3 ms for a 1080p picture's patches where the processor has instructions for it, four times as long elsewhere.
 _NAMING_THREADS = 2
@@ -62,7 +62,8 @@ async def serve(settings: Settings) -> bool:
     """Serve until SIGTERM or SIGINT, then finish what was accepted.
 
     Returns:
-        Whether all of it was finished in time; if not, a run that nothing can stop may still be going on.
+        Whether all of it was finished in time; if not, a run that nothing can stop may still be going on. In either case
+        a thread may still be loading a runtime: the process is to be ended without waiting for threads.
 
     Raises:
         ArtifactError, BindError, MachineError, RuntimeFault, SecurityError, StoreError, UrlsUnavailable: if it cannot start.
@@ -75,11 +76,14 @@ async def serve(settings: Settings) -> bool:
         app = _App(settings, resources)
         # Before the graph is loaded, which may take a minute: an address in use shows at once.
         server, addresses = app.listen()
-        await app.load()
-        if app.told_to_stop:
-            return app.close()
-        app.answer(server)
-        await server.start()
+        with ExitStack() as unless_it_starts:
+            unless_it_starts.callback(remove_sockets, addresses)
+            if not await app.load():
+                logger.info("stopped before it was ready")
+                return True
+            app.answer(server)
+            await server.start()
+            unless_it_starts.pop_all()
         logger.info("ready on %s after %.1f s", ", ".join(addresses), time.perf_counter() - started)
         return await app.run(server)
 
@@ -90,13 +94,12 @@ class _App:
     def __init__(self, settings: Settings, resources: AsyncExitStack) -> None:
         self._settings = settings
         self._resources = resources
-        self._stopping = asyncio.Event()
-        self._stopped_at = 0.0
         self._store: Store | None = None
         self._reloader: Reloader | None = None
-        for number in (signal.SIGTERM, signal.SIGINT):
-            _on_signal(number, self._stop)
-        _on_signal(signal.SIGHUP, self._ask_to_reload)
+        self._reload_asked = False
+        self._trials = Trials() if settings.trial == "auto" else None
+        self._stop = Stop(settings.drain_seconds, self._stop_at_once)
+        on_signal(signal.SIGHUP, self._ask_to_reload)
         # What an operator got wrong is found out before anything is loaded.
         self._artifact = open_for(settings)
         for device in settings.device:
@@ -122,16 +125,6 @@ class _App:
         self._naming = ThreadPoolExecutor(_NAMING_THREADS, thread_name_prefix=_PREPROCESS + "-name")
         self._health = health.HealthService([SERVICE])
 
-    @property
-    def told_to_stop(self) -> bool:
-        return self._stopping.is_set()
-
-    def close(self) -> bool:
-        """End what was loaded and never served."""
-        closed = self._service.model.scheduler.close(_LAST_RUN_S)
-        logger.info("stopped before it was ready")
-        return closed
-
     def listen(self) -> tuple[grpc.aio.Server, list[str]]:
         settings = self._settings
         interceptors: list[Any] = [Arrivals(self._metrics)]
@@ -145,8 +138,8 @@ class _App:
         _warn_of_plaintext(settings, encrypted=credentials is not None)
         return server, [bind(server, address, credentials) for address in settings.listen]
 
-    async def load(self) -> None:
-        """The store and the first model."""
+    async def load(self) -> bool:
+        """Make the store and load the first model. Returns False as soon as it is told to stop: the rest is in vain."""
         settings = self._settings
         if settings.store:
             directory = await asyncio.to_thread(StoreDirectory, settings.store)
@@ -155,9 +148,20 @@ class _App:
             self._resources.callback(self._store.close)
             logger.info("store %s of %d MB", directory.path, capacity >> 20)
         logger.info("this process has %s", usable_cores())
-        model = await asyncio.to_thread(self._load, self._artifact)
+        loading = asyncio.ensure_future(asyncio.to_thread(self._load, self._artifact))
+        stopping = asyncio.create_task(self._stop.wait())
+        await asyncio.wait((loading, stopping), return_when=asyncio.FIRST_COMPLETED)
+        if self._stop.asked:
+            logger.info("told to stop while loading")
+            if self._trials:
+                self._trials.stop()
+            loading.add_done_callback(_take_result)
+            return False
+        stopping.cancel()
+        model = loading.result()
         self._service = EncoderService(model, settings, self._calls)
         self._metrics.watch(LoopSnapshot(asyncio.get_running_loop(), lambda: self._service.model.scheduler.status()))
+        return True
 
     def answer(self, server: grpc.aio.Server) -> None:
         self._service.add_to(server)
@@ -174,25 +178,30 @@ class _App:
             settings.artifact,
             watch=settings.watch_artifact,
             failed=lambda why: self._metrics.error("RELOAD", why),
+            patience_s=settings.drain_seconds,
         )
+        if self._reload_asked:
+            self._reloader.ask()
         async with _background(
             self._reloader.run(), self._watch_lanes(), self._receiver.watch(), self._metrics.watch_loop(), _trim()
         ):
-            await self._stopping.wait()
+            await self._stop.wait()
+        if self._trials:  # a reload is in vain, and its compiler would take the processor from what is drained
+            self._trials.stop()
         logger.info("draining for at most %g s", settings.drain_seconds)
-        until = time.monotonic() + settings.drain_seconds
         self._health.drain()
         self._service.draining = True
         with suppress(TimeoutError):
-            async with asyncio.timeout(settings.drain_seconds):
+            async with asyncio.timeout(self._stop.drain_left_s):
                 await self._finished()
-        await self._health.close(_LAST_STREAMS_S)
-        await server.stop(min(_LAST_STREAMS_S, max(0.0, until - time.monotonic())))
+        stop = self._stop
+        await self._health.close(stop.left_s(_LAST_STREAMS_S))
+        await server.stop(min(_LAST_STREAMS_S, stop.drain_left_s))
         for pool in (self._preprocessing, self._opening, self._naming):
             pool.shutdown(wait=False, cancel_futures=True)
-        drained = await asyncio.to_thread(self._service.model.scheduler.close, _LAST_RUN_S)
-        # A decoder cannot be stopped either, and the interpreter would wait for it at its end.
-        drained = drained and not await asyncio.to_thread(_lingering, _LAST_RUN_S)
+        drained = await asyncio.to_thread(self._service.model.scheduler.close, stop.left_s(_LAST_RUN_S))
+        # A decoder cannot be stopped either.
+        drained = drained and not await asyncio.to_thread(_lingering, stop.left_s(_LAST_RUN_S))
         logger.info(
             "stopped" if drained else "stopped with a run still going on; its callers were told to go elsewhere"
         )
@@ -219,7 +228,7 @@ class _App:
         settings = self._settings
         manifest = artifact.manifest
         variants = [choose_variant(artifact, device, settings) for device in settings.device]
-        lanes = load_lanes(artifact, variants, settings, self._metrics)
+        lanes = load_lanes(artifact, variants, settings, self._metrics, self._trials)
         scheduler = Scheduler(
             lanes,
             manifest.tower,
@@ -261,38 +270,20 @@ class _App:
 
     def _ask_to_reload(self) -> None:
         if self._reloader is None:
-            logger.warning("SIGHUP while loading: there is nothing to reload yet")
+            logger.info("SIGHUP while loading: the artifact is loaded anew once this one is ready")
+            self._reload_asked = True
         else:
             self._reloader.ask()
 
-    def _stop(self) -> None:
-        now = time.monotonic()
-        if not self._stopping.is_set():
-            self._stopping.set()
-            self._stopped_at = now
-            if self._reloader is None:
-                logger.info("told to stop while loading")
-            return
-        # A shell, make and timeout(1) pass one and the same wish on to the process and to its group.
-        if now - self._stopped_at < _ONE_WISH_S:
-            return
-        logger.warning("told to stop a second time: stopping at once")
+    def _stop_at_once(self) -> None:
         if self._store:
             self._store.close()
-        logging.shutdown()
-        os._exit(1)
 
 
-def _on_signal(number: signal.Signals, call: Callable[[], None]) -> None:
-    """Have the loop call something. Unlike the loop's own handlers, this one stays when the loop is closed, so that a signal
-    repeated while the process ends does not change how it ends."""
-    loop = asyncio.get_running_loop()
-
-    def handle(*_: object) -> None:
-        with suppress(RuntimeError):  # the loop is closed
-            loop.call_soon_threadsafe(call)
-
-    signal.signal(number, handle)
+def _take_result(loading: asyncio.Future[Model]) -> None:
+    """Nobody wants to know any more why a load failed."""
+    if not loading.cancelled():
+        loading.exception()
 
 
 def _warn_of_plaintext(settings: Settings, *, encrypted: bool) -> None:

@@ -7,7 +7,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -16,7 +16,7 @@ from grpc_status import rpc_status
 
 from sidecar.engine.observer import StageTimes
 from sidecar.engine.scheduler import Encoded
-from sidecar.errors import EncoderError, Fault, Overloaded, fault_of
+from sidecar.errors import EncoderError, Fault, Overloaded, ShuttingDown, fault_of
 from sidecar.monitoring.metrics import EMBEDDING, Metrics
 from sidecar.monitoring.request_log import RequestRecord
 from sidecar.monitoring.tracing import RequestSpan, Tracing
@@ -31,13 +31,16 @@ _NO_TIME = StageTimes()
 _MOST_METHOD = 100
 # So many times the limit is where clients that hold nothing are refused too.
 _NEWCOMERS = 2
+# How long a caller may take to be told that its call is over.
+_TELLING_S = 0.5
 # Faults of this server, as against what a caller did or may try again.
 _OURS = ("INTERNAL", "LANE_FAULT", "NO_LANE")
 
 
 @dataclass(slots=True, eq=False)
 class Call:
-    """One call. `model` answers it to its end, whatever is loaded meanwhile; `leases` are those it has handed out."""
+    """One call. `model` answers it to its end, whatever is loaded meanwhile; `leases` are those it has handed out; `task`
+    carries it out."""
 
     calls: Calls
     context: Any
@@ -45,6 +48,7 @@ class Call:
     caller: Caller
     record: RequestRecord
     span: RequestSpan
+    task: asyncio.Task[Any] | None = None
     leases: list[str] = field(default_factory=list)
     held_bytes: int = 0
 
@@ -115,7 +119,7 @@ class Calls:
         self.max_held_bytes = max_held_bytes
         self.held_bytes = 0
         self.held_by: Counter[str] = Counter()  # by client
-        self._under_way: Counter[Model] = Counter()
+        self._under_way: set[Call] = set()
         self._ended = asyncio.Event()
         self._tracing = tracing
         self._name_of = name_of
@@ -134,9 +138,9 @@ class Calls:
         caller = caller_of(context, self._name_of)
         record = RequestRecord(method=method, peer=caller.peer, client=caller.client, bytes_in=bytes_in)
         context.set_trailing_metadata(_report(model))
-        self._under_way[model] += 1
         with self._tracing.request(context.invocation_metadata() or (), f"{_SERVICE}/{method}") as span:
-            call = Call(self, context, model, caller, record, span)
+            call = Call(self, context, model, caller, record, span, asyncio.current_task())
+            self._under_way.add(call)
             record.trace_id = span.trace_id
             try:
                 yield call
@@ -144,7 +148,8 @@ class Calls:
                 # Nobody is left to use or release them.
                 if call.leases and model.scheduler.store:
                     model.scheduler.store.release(call.leases)
-                record.code = grpc.StatusCode.CANCELLED.name
+                if record.code == "OK":  # else it was sent away
+                    record.code = grpc.StatusCode.CANCELLED.name
                 raise
             except Exception as error:
                 if record.code == "OK":
@@ -152,9 +157,7 @@ class Calls:
                     logger.error("%s failed", method, exc_info=error)
                 raise
             finally:
-                self._under_way[model] -= 1
-                if not self._under_way[model]:
-                    del self._under_way[model]
+                self._under_way.discard(call)
                 self._ended.set()
                 self.held_bytes -= call.held_bytes
                 self.held_by[caller.client] -= call.held_bytes
@@ -176,12 +179,35 @@ class Calls:
 
     async def ended(self, model: Model) -> None:
         """Return once no call is under way that began with this model."""
-        while self._under_way[model]:
+        while self._of(model):
             await self._one_ends()
+
+    async def send_away(self, model: Model) -> int:
+        """End the calls that began with this model with UNAVAILABLE, and return how many they were.
+
+        A caller who does not read finds it behind what was on its way already.
+        """
+        calls = self._of(model)
+        await asyncio.gather(*map(_send_away, calls))
+        return len(calls)
+
+    def _of(self, model: Model) -> list[Call]:
+        return [call for call in self._under_way if call.model is model]
 
     async def _one_ends(self) -> None:
         self._ended.clear()
         await self._ended.wait()
+
+
+async def _send_away(call: Call) -> None:
+    # gRPC's exception for an aborted call, and its error where the call ends in this moment, have no common class.
+    with suppress(Exception):
+        async with asyncio.timeout(_TELLING_S):
+            await call.abort(
+                ShuttingDown("the model that this call began with has been replaced; send the items again")
+            )
+    if call.task is not None:
+        call.task.cancel()
 
 
 def _report(model: Model) -> tuple[tuple[str, str | bytes], ...]:

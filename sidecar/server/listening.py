@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 import grpc
@@ -30,7 +32,7 @@ def bind(server: grpc.aio.Server, address: str, credentials: grpc.ServerCredenti
         BindError: if it is in use, or cannot be.
     """
     if address.startswith("unix:"):
-        _refuse_living_socket(Path(address.removeprefix("unix:").removeprefix("//")))
+        _refuse_living_socket(_path_of(address))
     try:
         port = server.add_secure_port(address, credentials) if credentials else server.add_insecure_port(address)
     except RuntimeError as error:
@@ -73,10 +75,22 @@ def connections_for(settings: Settings, descriptors: int) -> int:
     return max(_LEAST_CONNECTIONS, min(_MOST_CONNECTIONS, spare))
 
 
+def remove_sockets(addresses: Iterable[str]) -> None:
+    """Take away the socket files of a server that never started; gRPC does so for those that did."""
+    for address in addresses:
+        if address.startswith("unix:"):
+            with suppress(OSError):
+                _path_of(address).unlink()
+
+
 def is_local(address: str) -> bool:
     """Whether nobody but this host can reach it."""
     host = address.rpartition(":")[0].strip("[]")
     return address.startswith(("unix:", "unix-abstract:")) or host in ("localhost", "::1") or host.startswith("127.")
+
+
+def _path_of(address: str) -> Path:
+    return Path(address.removeprefix("unix:").removeprefix("//"))
 
 
 def _refuse_living_socket(path: Path) -> None:

@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 from sidecar.adopted import adopt_optimum, is_optimum_directory
@@ -18,6 +19,7 @@ from sidecar.machine import usable_cores
 from sidecar.runtimes import cache
 from sidecar.runtimes.base import Load
 from sidecar.runtimes.loading import load_runtime
+from sidecar.runtimes.trial import Trials
 from sidecar.settings import Settings
 from sidecar.vision.dtypes import DType
 
@@ -80,9 +82,15 @@ def preprocess_threads(settings: Settings) -> int:
 
 
 def load_lanes(
-    artifact: Artifact, variants: Sequence[Variant], settings: Settings, observer: Observer | None = None
+    artifact: Artifact,
+    variants: Sequence[Variant],
+    settings: Settings,
+    observer: Observer | None = None,
+    trials: Trials | None = None,
 ) -> list[Lane]:
     """A warm lane for each of the settings' devices, with the variant chosen for it. What was loaded is closed if one fails.
+
+    `trials`: tries each in a child process first; None where that is not wanted.
 
     Raises:
         ArtifactError: if a file is missing or changed.
@@ -98,7 +106,8 @@ def load_lanes(
                 threads = max(1, cores.threads // len(settings.on_cpu))
             lanes.append(
                 _load_lane(
-                    f"{device}-{twins + 1}" if twins else device, device, artifact, variant, threads, settings, observer
+                    *(f"{device}-{twins + 1}" if twins else device, device, artifact, variant, threads),
+                    *(settings, observer, trials),
                 )
             )
     except BaseException:
@@ -116,8 +125,11 @@ def _load_lane(
     threads: int,
     settings: Settings,
     observer: Observer | None,
+    trials: Trials | None,
 ) -> Lane:
     """Load the runtime while the files are verified, then warm it up."""
+    threads_said = f", {threads} threads" if threads else ""
+    logger.info("lane %s: loading %s on %s%s", name, variant.name, device, threads_said)
     manifest = artifact.manifest
     dtype = manifest.checkpoint.dtype if settings.embedding_dtype == "auto" else DType(settings.embedding_dtype)
     missing = [name for name in variant.files if not artifact.path(name).is_file()]
@@ -137,22 +149,25 @@ def _load_lane(
     started = time.perf_counter()
     if load.cache_dir is not None:
         cache.discard_changed(load.cache_dir)
-    with ThreadPoolExecutor(1) as verifying:
-        verified = verifying.submit(artifact.verify, variant.files)
+    with ExitStack() as guarded:
+        with ThreadPoolExecutor(1) as verifying:
+            verified = verifying.submit(artifact.verify, variant.files)
+            try:
+                if trials is not None:
+                    guarded.enter_context(trials.guard(name, variant.runtime, _content(artifact, variant), load))
+                runtime = load_runtime(variant.runtime, load)
+            finally:
+                # A damaged file explains a runtime that could not load it, so it is reported first.
+                verified.result()
+        loaded = time.perf_counter()
+        lane = Lane(name, runtime, manifest.tower, batch_patches=settings.batch_patches, observer=observer)
         try:
-            runtime = load_runtime(variant.runtime, load)
-        finally:
-            # A damaged file explains a runtime that could not load it, so it is reported first.
-            verified.result()
-    loaded = time.perf_counter()
-    lane = Lane(name, runtime, manifest.tower, batch_patches=settings.batch_patches, observer=observer)
-    try:
-        lane.warm_up(settings.warm_up_seconds)
-    except BaseException:
-        lane.close()
-        raise
-    if load.cache_dir is not None:
-        cache.record(load.cache_dir)
+            lane.warm_up(settings.warm_up_seconds)
+        except BaseException:
+            lane.close()
+            raise
+        if load.cache_dir is not None:
+            cache.record(load.cache_dir)
     logger.info(
         "lane %s: %s %s on %s, embeddings in %s; loaded in %.1f s, warm after %.1f s",
         name,
@@ -166,13 +181,15 @@ def _load_lane(
     return lane
 
 
+def _content(artifact: Artifact, variant: Variant) -> str:
+    """One hash of all of a variant's files."""
+    return hashlib.sha256("".join(artifact.hashes[name] for name in variant.files).encode()).hexdigest()[:32]
+
+
 def _cache_of(artifact: Artifact, variant: Variant, cache_dir: Path | None) -> Path | None:
     """A place of its own for each content of the graph's files: whatever a runtime keys its cache by, another artifact at
     the same path can then never be answered with this one's model."""
-    if cache_dir is None:
-        return None
-    content = "".join(artifact.hashes[name] for name in variant.files)
-    return cache_dir / hashlib.sha256(content.encode()).hexdigest()[:32]
+    return None if cache_dir is None else cache_dir / _content(artifact, variant)
 
 
 def _writable(cache_dir: Path | None) -> Path | None:

@@ -3,12 +3,17 @@
 The new model is loaded and warmed up beside the old one, which takes its memory twice for a while. Then it takes the old one's
 place at once: calls that have begun end on the old lanes, calls that begin run on the new. If it cannot be loaded, the old one
 goes on and the log says why.
+
+There are never more than two models. A further reload waits until the calls of the model before have ended, for at most
+`patience_s` since that was replaced, and then ends them with UNAVAILABLE: a caller who does not read its answers would keep it
+for ever. Requests to reload that come meanwhile are one.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -20,6 +25,8 @@ from sidecar.server.service import EncoderService
 logger = logging.getLogger(__name__)
 
 _POLL_S = 1.0
+# How long a run may take once nobody waits for it.
+_LAST_RUN_S = 60.0
 
 
 class Reloader:
@@ -34,8 +41,10 @@ class Reloader:
         *,
         watch: bool,
         failed: Callable[[str], None],
+        patience_s: float,
     ) -> None:
-        """`artifact`: the directory of the settings. `failed` is told why a new one could not be loaded."""
+        """`artifact`: the directory of the settings. `failed` is told why a new one could not be loaded. `patience_s`: how long
+        the calls of a replaced model may hold up the next reload."""
         self._service = service
         self._calls = calls
         self._load = load
@@ -44,7 +53,10 @@ class Reloader:
         self._failed = failed
         self._asked = asyncio.Event()
         self._seen = self._seal()
-        self._retiring: set[asyncio.Task[None]] = set()
+        self._patience_s = patience_s
+        self._retiring: asyncio.Task[None] | None = None
+        self._replaced_at = 0.0
+        self._out_of_patience = asyncio.Event()
 
     def ask(self) -> None:
         """Reload, whether the artifact is another one or not."""
@@ -60,8 +72,20 @@ class Reloader:
                 if self._seal() in (self._seen, None):
                     continue
                 logger.info("another artifact has taken the place of the served one")
+            await self._make_room()
             self._asked.clear()
             await self._reload()
+
+    async def _make_room(self) -> None:
+        """Return once the model before the served one is gone."""
+        if self._retiring is None or self._retiring.done():
+            return
+        wait_s = max(0.0, self._replaced_at + self._patience_s - time.monotonic())
+        logger.info("a reload waits for calls of the model before to end, at most %.1f s", wait_s)
+        done, _ = await asyncio.wait((self._retiring,), timeout=wait_s)
+        if not done:
+            self._out_of_patience.set()
+            await asyncio.wait((self._retiring,))
 
     async def _reload(self) -> None:
         self._seen = self._seal()
@@ -80,15 +104,23 @@ class Reloader:
             logger.info("loaded %s anew: equal weights, and what is stored stays", model.fingerprint[:16])
         else:
             logger.info("serving %s in the place of %s", model.fingerprint[:16], old.fingerprint[:16])
-        # Beside whatever comes next: a caller who does not read its answers may keep the old model for long.
-        retiring = asyncio.create_task(self._retire(old))
-        self._retiring.add(retiring)
-        retiring.add_done_callback(self._retiring.discard)
+        self._replaced_at = time.monotonic()
+        self._out_of_patience = asyncio.Event()
+        self._retiring = asyncio.create_task(self._retire(old))
 
     async def _retire(self, old: Model) -> None:
-        await self._calls.ended(old)
-        await asyncio.to_thread(old.scheduler.close)
-        logger.info("the lanes loaded before, of %s, are closed", old.fingerprint[:16])
+        ended = asyncio.create_task(self._calls.ended(old))
+        waiting = asyncio.create_task(self._out_of_patience.wait())
+        await asyncio.wait((ended, waiting), return_when=asyncio.FIRST_COMPLETED)
+        waiting.cancel()
+        if not ended.done():
+            count = await self._calls.send_away(old)
+            logger.warning("%d calls of the model before were ended with UNAVAILABLE for a reload", count)
+            await ended
+        if await asyncio.to_thread(old.scheduler.close, _LAST_RUN_S):
+            logger.info("the lanes loaded before, of %s, are closed", old.fingerprint[:16])
+        else:
+            logger.error("a run on the lanes loaded before, of %s, does not end; they stay", old.fingerprint[:16])
 
     def _seal(self) -> bytes | None:
         try:

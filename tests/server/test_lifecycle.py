@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from pictures import encoded, picture
-from servers import Server, exit_code, spawn
+from servers import ROOT, Server, exit_code, spawn
 
 from sidecar.client import Embedding, EncodeError, EncoderClient, ItemError, Result
 from sidecar.items import Item, image_item, rgb_image_item
@@ -263,6 +263,40 @@ def test_told_to_stop_while_it_loads_it_never_says_that_it_is_ready(
     process.send_signal(number)
     assert exit_code(process) == 0
     assert "told to stop while loading" in log.read_text() and "ready on" not in log.read_text()
+
+
+def test_signals_during_its_imports_neither_end_it_nor_are_lost(toy_artifact: Path, tmp_path: Path) -> None:
+    """SIGHUP asks a server to reload, and by default ends a process that has not said otherwise yet."""
+    package = tmp_path / "numpy"  # what takes longest to import
+    package.mkdir()
+    (package / "__init__.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)\n")
+    path = {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    process, log = spawn(toy_artifact, tmp_path, listen=f"unix:{tmp_path / 'sock'}", added=path)
+    ends = time.monotonic() + 30
+    while "importing" not in log.read_text():
+        assert process.poll() is None and time.monotonic() < ends
+        time.sleep(0.005)
+    process.send_signal(signal.SIGHUP)
+    time.sleep(0.1)
+    assert process.poll() is None
+    process.terminate()
+    assert exit_code(process, 5) == 0, log.read_text()
+
+
+def test_sighup_while_it_loads_reloads_once_it_is_ready(toy_artifact: Path, tmp_path: Path) -> None:
+    process, log = spawn(toy_artifact, tmp_path, "--threads", "1", listen=f"unix:{tmp_path / 'sock'}")
+    try:
+        waiting = ("this process has", "loaded anew once", " anew: equal weights")
+        for number, what in enumerate(waiting):
+            ends = time.monotonic() + 30
+            while what not in log.read_text():
+                assert process.poll() is None and time.monotonic() < ends, log.read_text()
+                time.sleep(0.005)
+            if number == 0:
+                process.send_signal(signal.SIGHUP)
+    finally:
+        process.terminate()
+        assert exit_code(process) == 0, log.read_text()
 
 
 def test_a_mistyped_variable_is_told() -> None:

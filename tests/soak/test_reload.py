@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 import shutil
 import signal
+import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import grpc
 import numpy as np
 import pytest
 from load import (
@@ -26,6 +29,8 @@ from load import (
 from servers import Server, StartServer
 
 from sidecar.client import AsyncEncoderClient, Embedding
+from sidecar.pb import encoder_pb2 as pb
+from sidecar.pb import encoder_pb2_grpc
 from sidecar.vision.dtypes import Array
 
 pytestmark = pytest.mark.soak
@@ -211,3 +216,37 @@ def test_a_broken_artifact_leaves_the_old_one_serving(
     print(f"\na new artifact that is {broken.__name__}: {dict(load.counts)}, {len(load.wrong)} wrong or lost", end="")
     assert not load.wrong, load.wrong[:3]
     assert set(load.counts) == {first}
+
+
+def test_callers_who_do_not_read_hold_one_old_model_at_most(start_server: StartServer) -> None:
+    server = start_server("--threads", "1", "--drain-seconds", "1", "--warm-up-seconds", "0", "--store", "none")
+    items = [picture_item(number, 224) for number in range(256)]
+    windows = [
+        ("grpc.http2.lookahead_bytes", 65536),
+        ("grpc.http2.bdp_probe", 0),
+        ("grpc.use_local_subchannel_pool", 1),
+    ]
+    before = most = threads(server)
+    with grpc.insecure_channel(server.address, windows) as channel:
+        new_stub: Any = encoder_pb2_grpc.EncoderStub
+        calls = []
+        for number in range(6):
+            # Each begins with the model that is served, and then reads no further.
+            calls.append(new_stub(channel).Encode(pb.EncodeRequest(items=items)))
+            next(calls[-1])
+            server.process.send_signal(signal.SIGHUP)
+            ends = time.monotonic() + 20
+            while server.log.read_text().count(" anew: equal weights") <= number:
+                most = max(most, threads(server))
+                assert time.monotonic() < ends, server.log.read_text()
+                time.sleep(0.02)
+        log = server.log.read_text()
+        assert log.count(" are closed") >= 5 and "were ended with UNAVAILABLE for a reload" in log
+        # What was on its way is read first.
+        with pytest.raises(grpc.RpcError) as told:
+            for _ in calls[0]:
+                pass
+        assert told.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert "has been replaced" in told.value.details()
+    print(f"\n6 reloads under 6 callers who do not read: at most {most} threads, {before} before", end="")
+    assert most <= before + 8, "threads of more than two models"
