@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import faulthandler
 import logging
+from contextlib import suppress
 from typing import NoReturn
 
 from sidecar.artifact import ArtifactError
@@ -45,7 +46,8 @@ def run(options: argparse.Namespace) -> int:
         configure_logging(settings.log_level, settings.log_format)
         as_json = settings.log_format == "json"
         # A crash of native code then names the signal and what each thread did; these lines alone are never JSON.
-        faulthandler.enable()
+        with suppress(OSError, RuntimeError, ValueError):  # there is no stderr, or none with a descriptor
+            faulthandler.enable()
         if unknown := Settings.unknown_variables():
             logging.getLogger(__name__).warning("no setting has these variables: %s", ", ".join(unknown))
         for name in Settings.emptied_variables():
@@ -59,6 +61,4 @@ def run(options: argparse.Namespace) -> int:
             logging.getLogger(__name__).critical("sidecar serve: %s", error)
         else:
             print_error(f"sidecar serve: {error}")
-        if isinstance(error, RuntimeFault):
-            end_process(BAD_ARGUMENTS)  # native libraries have been loaded
     return BAD_ARGUMENTS
