@@ -144,7 +144,7 @@ def test_sigterm_while_a_runtime_compiles_ends_it_at_once(order: str, toy_artifa
     time.sleep(0.3)
     children = Path(f"/proc/{process.pid}/task").glob("*/children")
     pids = [pid for file in children for pid in file.read_text().split()]
-    assert bool(pids) == order.startswith("child")
+    assert pids or order.startswith("server")
     begun = time.monotonic()
     process.terminate()
     assert exit_code(process) == 0, log.read_text()
