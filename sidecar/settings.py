@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -34,6 +35,7 @@ _MAX_INT = 2**31 - 1
 _MAX_BYTES = 1 << 62
 _MAX_SECONDS = 86_400.0
 _MAX_PORT = 65_535
+_MODE = re.compile("0?[0-7]{3}")
 
 _EMBEDDING_DTYPES = ("auto", DType.BFLOAT16, DType.FLOAT16, DType.FLOAT32)
 
@@ -93,6 +95,10 @@ class Settings:
         "The default is reachable from this host only",
         ("127.0.0.1:50051",),
         parse=words,
+    )
+    socket_mode: str = setting(
+        "mode of unix sockets in --listen: 0600, or 0660 for the group of the socket's directory, for callers of another user",
+        "0600",
     )
     device: tuple[str, ...] = setting(
         "devices to encode on, one lane each, in the runtime's terms: cpu, ov:GPU, cuda:0, xpu:0; comma-separated, or the flag "
@@ -251,6 +257,8 @@ class Settings:
         for address in self.listen:
             if not _is_unix(address):
                 _check_address(address, "--listen", ", or unix:/path")
+        if not _MODE.fullmatch(self.socket_mode):
+            raise SettingsError(f"--socket-mode must be an octal mode such as 0600 or 0660, got {self.socket_mode!r}")
         if not self.device:
             raise SettingsError("--device must name a device, such as cpu")
         if self.metrics_listen != "none":

@@ -48,10 +48,10 @@ def holds(store: Store, entry: Entry, value: int = 1) -> bool:
 
 
 def taken_bytes(directory: Path) -> int:
-    """What the files and directories below take of the file system."""
+    """What the files and directories below take of the file system, without the lock's page."""
     found = 0
     for parent, directories, files in os.walk(directory):
-        for name in (*directories, *files):
+        for name in (*directories, *(file for file in files if file != ".lock")):
             try:
                 found += os.lstat(os.path.join(parent, name)).st_blocks * 512  # noqa: PTH118
             except FileNotFoundError:

@@ -24,6 +24,7 @@ REQUIRED = {"artifact": "a"}
 SAMPLES: dict[str, tuple[str, Any, str, Any]] = {
     "artifact": ("from-flag", Path("from-flag"), "from-env", Path("from-env")),
     "listen": ("unix:/a, [::1]:80", ("unix:/a", "[::1]:80"), "0.0.0.0:0", ("0.0.0.0:0",)),
+    "socket_mode": ("0660", "0660", "666", "666"),
     "device": ("cpu, ov:GPU", ("cpu", "ov:GPU"), "xpu:0", ("xpu:0",)),
     "runtime": ("onnx", "onnx", "torch", "torch"),
     "precision": ("int8", "int8", "bf16", "bf16"),

@@ -27,6 +27,8 @@ def run(options: argparse.Namespace) -> int:
     Returns:
         2 if the settings, the artifact, a runtime or an address will not do.
     """
+    # Runtimes make files in the cache by themselves, and whoever could write there could have us load another model.
+    os.umask(os.umask(0o022) | 0o022)
     # The other commands import neither the engine nor a runtime.
     from sidecar.machine import MachineError
     from sidecar.monitoring.request_log import configure_logging

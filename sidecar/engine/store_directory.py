@@ -1,6 +1,6 @@
 """The directory that a store lives in: whose it is, one sidecar at a time, and swept of what a crash left.
 
-<store>/.lock                                 held by the living sidecar whose store it is
+<store>/.lock                                 held by the living sidecar whose store it is; the mode that the directory had
 <store>/.draft-<n>/encoder_cache.safetensors  being written, or being removed
 <store>/<name>/encoder_cache.safetensors      whole: its directory was renamed into place
 <store>/<key>                                 a link to the name of the entry that the key stands for
@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 _LOCK = ".lock"
 _DRAFT = ".draft-"
+_OURS_ALONE = 0o700
 
 
 class StoreError(OSError):
@@ -42,14 +43,15 @@ class StoreDirectory:
         try:
             while (lock := self._take(path)) is None:
                 pass
-            self.path.chmod(0o700)
+            self._mode = self._mode_before(lock)
+            self.path.chmod(_OURS_ALONE)
         except StoreError:
             raise
         except OSError as error:
             raise StoreError(f"--store {path} cannot be used: {error.strerror or error}") from error
         self._lock = lock
         self._numbers = itertools.count()
-        self._closed = False
+        self._closed = self._lost = False
         self.sweep()
 
     def entry(self, name: str) -> Path:
@@ -80,8 +82,9 @@ class StoreDirectory:
 
     def withdraw(self, name: str) -> Path:
         """Let an entry disappear, so that its name is free at once. What is returned is to be removed, which takes longer."""
-        with suppress(OSError):  # gone already
-            return (self.path / name).rename(self._unnamed())
+        if self._is_ours():
+            with suppress(OSError):  # gone already
+                return (self.path / name).rename(self._unnamed())
         return self.path / name
 
     def link(self, key: str, name: str) -> None:
@@ -114,6 +117,8 @@ class StoreDirectory:
 
     def remove(self, directory: Path) -> None:
         """Take an entry or a draft away; one that is gone already is no error. What a link leads to is not ours."""
+        if not self._is_ours():
+            return
         with suppress(OSError):
             if directory.is_symlink():
                 directory.unlink()
@@ -134,25 +139,59 @@ class StoreDirectory:
                 logger.warning("%s is no embedding and stays; a store should hold nothing else", child)
 
     def close(self) -> None:
-        """Remove everything, the directory too where it is ours alone. Whoever still writes gets an OSError from now on."""
+        """Remove everything, the directory too where it is ours alone; one that stays, as a mount does, gets its mode back.
+
+        Writers get an OSError from now on. A directory that was removed and made anew meanwhile is another's, and is left alone.
+        """
         if self._closed:
             return
         self._closed = True
-        lock = self.path / _LOCK
         with suppress(OSError):
-            self.sweep()
-            lock.unlink()
-            try:
-                self.path.rmdir()
-            except OSError:
-                # Something had to be left, and the next sidecar must know it for a store all the same.
-                lock.touch(0o600)
+            if self._is_ours():
+                self._leave()
         os.close(self._lock)
 
+    def _leave(self) -> None:
+        lock = self.path / _LOCK
+        self.sweep()
+        lock.unlink()
+        try:
+            self.path.rmdir()
+        except OSError:
+            # Something had to be left, and the next sidecar must know it for a store all the same.
+            lock.touch(0o600)
+            self.path.chmod(self._mode)
+
     def _check_open(self) -> None:
-        # The path may be another sidecar's by now.
+        """Raises:
+        OSError: if the path may be another sidecar's by now.
+        """
         if self._closed:
             raise OSError(errno.ESHUTDOWN, "the store is closed")
+        if not self._is_ours():
+            raise OSError(errno.ENOENT, "the store's directory was removed or replaced; restart the sidecar")
+
+    def _is_ours(self) -> bool:
+        """Whether the directory under our path is still the one that we took: its lock is the file that we hold."""
+        try:
+            ours = os.path.samestat(os.fstat(self._lock), (self.path / _LOCK).lstat())
+        except OSError:
+            ours = False
+        if not ours and not self._lost:
+            self._lost = True
+            logger.warning(
+                "--store %s was removed or replaced by somebody; nothing is stored until a restart", self.path
+            )
+        return ours
+
+    def _mode_before(self, lock: int) -> int:
+        """The directory's mode before it was a store. Noted in the lock, for whoever comes after a crash."""
+        if noted := os.pread(lock, 8, 0):
+            with suppress(ValueError):
+                return int(noted, 8) & 0o7777
+        mode = stat.S_IMODE(self.path.stat().st_mode)
+        os.pwrite(lock, f"{mode:04o}".encode(), 0)
+        return mode
 
     def _unnamed(self) -> Path:
         return self.path / f"{_DRAFT}{next(self._numbers)}"

@@ -136,7 +136,8 @@ class _App:
         if settings.tls_cert and settings.tls_key:
             credentials = server_credentials(settings.tls_cert, settings.tls_key, settings.tls_client_ca)
         _warn_of_plaintext(settings, encrypted=credentials is not None)
-        return server, [bind(server, address, credentials) for address in settings.listen]
+        mode = int(settings.socket_mode, 8)
+        return server, [bind(server, address, credentials, mode) for address in settings.listen]
 
     async def load(self) -> bool:
         """Make the store and load the first model. Returns False as soon as it is told to stop: the rest is in vain."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Iterable
 from contextlib import suppress
@@ -25,21 +26,30 @@ class BindError(OSError):
     """An address cannot be listened on."""
 
 
-def bind(server: grpc.aio.Server, address: str, credentials: grpc.ServerCredentials | None) -> str:
-    """Listen on an address and return it with the port that was really taken.
+def bind(
+    server: grpc.aio.Server, address: str, credentials: grpc.ServerCredentials | None, socket_mode: int = 0o600
+) -> str:
+    """Listen on an address and return it with the port that was really taken. A unix socket has `socket_mode` from then on.
 
     Raises:
         BindError: if it is in use, or cannot be.
     """
-    if address.startswith("unix:"):
-        _refuse_living_socket(_path_of(address))
+    path = _path_of(address) if address.startswith("unix:") else None
+    if path is not None:
+        _refuse_living_socket(path)
+    before = os.umask(0o177) if path is not None else None  # never open to others, not even for a moment
     try:
         port = server.add_secure_port(address, credentials) if credentials else server.add_insecure_port(address)
+        if path is not None:
+            path.chmod(socket_mode)
     except RuntimeError as error:
         reason = "it is in use, or not an address of this machine"
         if address.startswith("unix:"):
             reason = "a file is in its place, its directory does not exist, or its path has over 107 bytes"
         raise BindError(f"cannot listen on {address}: {reason}") from error
+    finally:
+        if before is not None:
+            os.umask(before)
     if address.startswith(("unix:", "unix-abstract:")):
         return address
     return f"{address.rpartition(':')[0]}:{port}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import logging
 import os
@@ -304,3 +305,45 @@ def test_threads_never_share_a_draft(path: Path) -> None:
     with ThreadPoolExecutor(8) as pool:
         drafts = list(pool.map(lambda _: store.draft(), range(200)))
     assert len(set(drafts)) == 200
+
+
+def test_a_directory_that_was_removed_and_taken_by_another_is_left_alone(
+    path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = StoreDirectory(path)
+    publish(first, "name")
+    draft = first.draft()
+    shutil.rmtree(path)
+    second = StoreDirectory(path)
+    publish(second, "name")
+    (second.draft() / FILE_NAME).write_bytes(b"rows")
+    with pytest.raises(OSError, match="was removed or replaced"):
+        publish(first, "another")
+    first.remove(first.withdraw("name"))
+    first.remove(draft)
+    first.close()
+    assert names(path) == {"name", ".draft-1"}
+    with pytest.raises(StoreError, match="another sidecar's"):
+        StoreDirectory(path)
+    (warning,) = caplog.records
+    assert f"--store {path} was removed or replaced" in warning.getMessage()
+
+
+@pytest.mark.parametrize("crash", [False, True])
+def test_a_directory_that_stays_has_its_mode_back(path: Path, monkeypatch: pytest.MonkeyPatch, crash: bool) -> None:
+    """A mount point cannot be removed, and others may need it."""
+    path.mkdir()
+    path.chmod(0o1777)
+    store = StoreDirectory(path)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o700
+    if crash:
+        os.close(store._lock)
+        store = StoreDirectory(path)
+
+    def busy(self: Path) -> None:
+        raise OSError(errno.EBUSY, "Device or resource busy")
+
+    monkeypatch.setattr(Path, "rmdir", busy)
+    store.close()
+    assert stat.S_IMODE(path.stat().st_mode) == 0o1777
+    StoreDirectory(path)

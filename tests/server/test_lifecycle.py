@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import os
 import signal
 import socket
+import stat
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -96,6 +98,24 @@ def test_a_socket_file_that_a_killed_server_left_is_replaced(start_server: Start
         assert isinstance(client.encode([SMALL], timeout_s=20)[0], Embedding)
     assert server.terminate() == 0
     assert not left.exists()
+
+
+def test_nothing_it_makes_is_open_to_others_whatever_the_umask(start_server: StartServer, tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        (tmp_path / "run").mkdir()
+        flags = ("--cache-dir", str(tmp_path / "run" / "cache"), "--listen", f"127.0.0.1:0,unix:{tmp_path}/run/sock")
+        server = start_server(*flags, "--warm-up-seconds", "0")
+    finally:
+        os.umask(before)
+    made = [path for path in (tmp_path / "run").rglob("*") if path.lstat().st_mode & 0o022]
+    assert any((tmp_path / "run" / "cache").rglob("*")) and made == []
+    assert stat.S_IMODE(server.socket.stat().st_mode) == 0o600
+
+
+def test_a_socket_may_be_for_a_group(start_server: StartServer, tmp_path: Path) -> None:
+    server = start_server("--listen", f"127.0.0.1:0,unix:{tmp_path}/sock", "--socket-mode", "0660")
+    assert stat.S_IMODE(server.socket.stat().st_mode) == 0o660
 
 
 def test_sigterm_finishes_what_was_accepted(start_server: StartServer, background: ThreadPoolExecutor) -> None:
