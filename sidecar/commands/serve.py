@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import faulthandler
 import logging
+import os
 from contextlib import suppress
 from typing import NoReturn
 
