@@ -24,6 +24,8 @@ _SERVICE_CONFIG = {
     ]
 }
 CHANNEL_OPTIONS: tuple[tuple[str, Any], ...] = (
+    # gRPC would take `http_proxy` for sidecars too, whose exceptions (`no_proxy`) are for names of the world outside.
+    ("grpc.enable_http_proxy", 0),
     # The server's limit decides what a request may weigh. Replies come in chunks below gRPC's default of 4 MB.
     ("grpc.max_send_message_length", -1),
     # A server that has frozen, or whose host vanished without a word, is noticed within 25 s during a call. Servers allow a ping

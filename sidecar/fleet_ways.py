@@ -37,8 +37,6 @@ class Access:
     max_embedding_bytes: int
 
     def open(self, address: str, options: Sequence[tuple[str, Any]]) -> grpc.aio.Channel:
-        # A proxy is for the world outside, and its exceptions are for names.
-        options = (*options, ("grpc.enable_http_proxy", 0))
         if self.credentials is None:
             return grpc.aio.insecure_channel(address, options)
         if self.host is not None:  # the address is a number

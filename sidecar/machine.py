@@ -181,6 +181,6 @@ def _quota_at(group: Path, version: int) -> list[float]:
 
 def _lines(path: Path) -> list[str]:
     try:
-        return path.read_text().splitlines()
+        return path.read_text("utf-8", "replace").splitlines()
     except OSError:
         return []
