@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 import shutil
 import signal
 import time
@@ -12,42 +9,14 @@ from pathlib import Path
 
 import pytest
 from pictures import encoded, picture
-from servers import ROOT, exit_code, spawn, start
+from servers import exit_code, spawn, start
+from stubs import another, with_stub
 
-from sidecar.artifact import MANIFEST, SEAL
 from sidecar.client import Embedding
 from sidecar.items import image_item
 
-STUB = Path(__file__).parents[1] / "stub_runtime"
 SMALL = image_item(encoded(picture(56, 56)))
 QUICK = ("--warm-up-seconds", "0", "--threads", "1", "--precision", "f32")
-
-
-def with_stub(order: str | Path, directory: Path) -> dict[str, str]:
-    """A server's environment in which OpenVINO does what `tests/stub_runtime` is told, with a compile cache of its own."""
-    return {
-        "PYTHONPATH": os.pathsep.join((str(STUB), str(ROOT))),
-        "STUB_OPENVINO": str(order),
-        "XDG_CACHE_HOME": str(directory / "cache"),
-    }
-
-
-def another(artifact: Path, served: Path) -> None:
-    """Put a copy there, whose graph's file has one more space at its end and is another file to everybody."""
-    copy = served.with_name("arriving")
-    shutil.copytree(artifact, copy)
-    (graph,) = copy.rglob("*.xml")
-    with graph.open("a") as file:
-        file.write(" ")
-    manifest = json.loads((copy / MANIFEST).read_text())
-    text = json.dumps(manifest).replace(
-        manifest["files"][str(graph.relative_to(copy))]["sha256"], hashlib.sha256(graph.read_bytes()).hexdigest()
-    )
-    text = text.replace(f'"bytes": {graph.stat().st_size - 1}', f'"bytes": {graph.stat().st_size}')
-    (copy / MANIFEST).write_text(text)
-    (copy / SEAL).write_text(f"{hashlib.sha256(text.encode()).hexdigest()}  {MANIFEST}\n")
-    served.rename(served.with_name("gone"))
-    copy.rename(served)
 
 
 def wait_for(what: str, log: Path) -> None:
@@ -82,7 +51,9 @@ def has_ended(pid: str) -> bool:
 def test_a_crash_at_the_start_is_a_message_and_code_2(
     order: str, said: str, toy_artifact: Path, tmp_path: Path
 ) -> None:
-    process, log = spawn(toy_artifact, tmp_path, *QUICK, listen="127.0.0.1:0", added=with_stub(order, tmp_path))
+    process, log = spawn(
+        toy_artifact, tmp_path, *QUICK, listen="127.0.0.1:0", added=with_stub(order, tmp_path / "cache")
+    )
     assert exit_code(process) == 2, log.read_text()
     text = log.read_text()
     assert f"sidecar serve: lane cpu: openvino/f32 on cpu {said}" in text
@@ -94,7 +65,7 @@ def test_a_crash_on_a_reload_leaves_the_old_model_serving(toy_artifact: Path, tm
     order, served = tmp_path / "order", tmp_path / "served"
     order.write_text("")
     shutil.copytree(toy_artifact, served)
-    server = start(served, tmp_path, *QUICK, added=with_stub(order, tmp_path))
+    server = start(served, tmp_path, *QUICK, added=with_stub(order, tmp_path / "cache"))
     try:
         order.write_text("child compile SIGSEGV")
         another(toy_artifact, served)
@@ -111,22 +82,26 @@ def test_a_crash_on_a_reload_leaves_the_old_model_serving(toy_artifact: Path, tm
 
 def test_a_crash_of_the_server_itself_is_told_by_it_and_by_the_next(toy_artifact: Path, tmp_path: Path) -> None:
     process, log = spawn(
-        toy_artifact, tmp_path, *QUICK, listen="127.0.0.1:0", added=with_stub("server infer SIGSEGV", tmp_path)
+        toy_artifact,
+        tmp_path,
+        *QUICK,
+        listen="127.0.0.1:0",
+        added=with_stub("server infer SIGSEGV", tmp_path / "cache"),
     )
     assert exit_code(process) == -signal.SIGSEGV, log.read_text()
     assert "Fatal Python error: Segmentation fault" in log.read_text()
-    server = start(toy_artifact, tmp_path, *QUICK, added=with_stub("", tmp_path))
+    server = start(toy_artifact, tmp_path, *QUICK, added=with_stub("", tmp_path / "cache"))
     text = server.log.read_text()
     assert "WARNING" in text and "the process that loaded openvino/f32 last" in text and "child process tries" in text
     assert server.terminate() == 0
-    again = start(toy_artifact, tmp_path, *QUICK, added=with_stub("", tmp_path))
+    again = start(toy_artifact, tmp_path, *QUICK, added=with_stub("", tmp_path / "cache"))
     text = again.log.read_text()  # it has run here by now
     assert "WARNING" not in text and "child process" not in text
     assert again.terminate() == 0
 
 
 def test_a_clean_end_is_code_0_whatever_native_libraries_do_at_theirs(toy_artifact: Path, tmp_path: Path) -> None:
-    server = start(toy_artifact, tmp_path, *QUICK, added=with_stub("server exit SIGABRT", tmp_path))
+    server = start(toy_artifact, tmp_path, *QUICK, added=with_stub("server exit SIGABRT", tmp_path / "cache"))
     assert server.terminate() == 0
     assert server.log.read_text().endswith("stopped\n")
 
@@ -134,7 +109,7 @@ def test_a_clean_end_is_code_0_whatever_native_libraries_do_at_theirs(toy_artifa
 @pytest.mark.parametrize("order", ["child compile 600", "server compile 600"])
 def test_sigterm_while_a_runtime_compiles_ends_it_at_once(order: str, toy_artifact: Path, tmp_path: Path) -> None:
     process, log = spawn(
-        toy_artifact, tmp_path, *QUICK, listen=f"unix:{tmp_path / 'sock'}", added=with_stub(order, tmp_path)
+        toy_artifact, tmp_path, *QUICK, listen=f"unix:{tmp_path / 'sock'}", added=with_stub(order, tmp_path / "cache")
     )
     wait_for("a child process tries", log)
     ends = time.monotonic() + 30
@@ -162,7 +137,7 @@ def test_sigterm_while_a_reload_compiles_ends_within_the_drain(who: str, toy_art
     order.write_text("")
     shutil.copytree(toy_artifact, served)
     trial = ("--trial", "never") if who == "server" else ()
-    server = start(served, tmp_path, *QUICK, *trial, added=with_stub(order, tmp_path))
+    server = start(served, tmp_path, *QUICK, *trial, added=with_stub(order, tmp_path / "cache"))
     order.write_text(f"{who} compile 600")
     another(toy_artifact, served)
     server.process.send_signal(signal.SIGHUP)
