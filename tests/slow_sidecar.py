@@ -59,14 +59,21 @@ def start(
     artifact: Path, directory: Path, fixed_ms: float, patch_ms: float, *flags: str, listen: str = "127.0.0.1:0"
 ) -> SlowSidecar:
     """Start one in a directory of its own, without a store unless the flags name one."""
-    from servers import shared_cache  # not for the script itself, which is started from elsewhere
-
     directory.mkdir(parents=True, exist_ok=True)
     log = directory / "log"
     command = [sys.executable, __file__, str(fixed_ms), str(patch_ms), "serve", "--artifact", str(artifact)]
-    command += ["--listen", listen, "--threads", "1", *(() if "--store" in flags else ("--store", "none")), *flags]
+    command += [
+        "--listen",
+        listen,
+        "--threads",
+        "1",
+        "--trial",
+        "never",
+        *(() if "--store" in flags else ("--store", "none")),
+        *flags,
+    ]
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("EPD_", "DYN_"))}
-    environment |= {"PYTHONPATH": str(ROOT), "GRPC_VERBOSITY": "NONE", "XDG_CACHE_HOME": str(shared_cache())}
+    environment |= {"PYTHONPATH": str(ROOT), "GRPC_VERBOSITY": "NONE", "XDG_CACHE_HOME": str(directory)}
     with log.open("wb") as output:
         process = subprocess.Popen(command, cwd=directory, env=environment, stdout=output, stderr=output)
     return SlowSidecar(process, log, fixed_ms, patch_ms)

@@ -82,8 +82,8 @@ class Stop:
         if self._heard_at is not None:
             return
         self._heard_at = time.monotonic()
-        most_s = self._drain_s + LAST_S
-        threading.Thread(target=_cut_short, args=(most_s - 0.1,), name="cut-short", daemon=True).start()
+        most_s = self._drain_s + LAST_S - 0.05
+        threading.Thread(target=_cut_short, args=(most_s - 0.05,), name="cut-short", daemon=True).start()
         # That thread may not run either, where native code holds the interpreter's lock; this one needs none.
         with Path(os.devnull).open("w") as nowhere:
             faulthandler.dump_traceback_later(most_s, exit=True, file=os.dup(nowhere.fileno()))
