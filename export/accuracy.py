@@ -6,6 +6,7 @@ of the samples and one block instead of a second, wider tower.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,11 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from export.checkpoint import Checkpoint
-from export.samples import Sample
+from export.samples import REFERENCES, Sample
 from export.weights import empty_tower
 from sidecar.artifact import Accuracy
 from sidecar.runtimes.base import Runtime
 from sidecar.vision.dtypes import to_float32
+from sidecar.vision.reference import Deviation
 from sidecar.vision.spec import TowerSpec
 from sidecar.vision.tower import Gathered, Windows
 from sidecar.vision.windows import plan_windows
@@ -72,15 +74,22 @@ def measure(
     references: Sequence[Rows],
     bar: float,
     advance: Callable[[], None],
-) -> Accuracy:
-    """Run every sample through a loaded runtime and compare; `advance` is called after each."""
+) -> tuple[Accuracy, Deviation]:
+    """Run every sample through a loaded runtime and compare; `advance` is called after each.
+
+    Returns:
+        The accuracy over all samples, and the deviation of those that are sealed as references.
+    """
     measured: list[dict[str, Any]] = []
+    deviations: list[Deviation] = []
     cosines = []
     finite = True
     for sample, reference in zip(samples, references, strict=True):
         output = runtime.encode(sample.patches.values, [sample.grid], tower)
         rows = to_float32(output, runtime.output_dtype)
         finite = finite and bool(np.isfinite(rows).all())
+        if sample.name in REFERENCES:
+            deviations.append(Deviation.between(rows, reference))
         cosine = row_cosine(rows, reference)
         cosines.append(cosine)
         measured.append(
@@ -94,7 +103,7 @@ def measure(
         )
         advance()
     together = np.concatenate(cosines)
-    return Accuracy(
+    accuracy = Accuracy(
         cosine_min=float(together.min()),
         cosine_mean=float(together.mean()),
         relative_error=max(sample["relative_error"] for sample in measured),
@@ -102,6 +111,7 @@ def measure(
         bar=bar,
         samples=tuple(measured),
     )
+    return accuracy, functools.reduce(Deviation.worst, deviations)
 
 
 def row_cosine(rows: Rows, reference: Rows) -> npt.NDArray[np.float64]:

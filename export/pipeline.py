@@ -27,7 +27,7 @@ from export.accuracy import BARS, measure, reference_embeddings
 from export.checkpoint import Checkpoint, open_checkpoint
 from export.destination import ExportError, check, check_space, is_full, publish, workplace
 from export.report import html_page, print_table
-from export.samples import samples
+from export.samples import REFERENCES, samples
 from export.weights import load_tower, storage_dtype
 from sidecar import artifact as sealed
 from sidecar.artifact import Artifact, ArtifactError, Manifest, Variant
@@ -35,6 +35,7 @@ from sidecar.machine import return_freed_memory
 from sidecar.runtimes.base import Load
 from sidecar.runtimes.loading import load_runtime
 from sidecar.vision.dtypes import DType
+from sidecar.vision.reference import Reference
 from sidecar.vision.tower import Tower
 
 PRECISIONS = ("f32", "bf16", "int8")
@@ -192,6 +193,14 @@ def _measure(checkpoint: Checkpoint, variants: list[Variant], directory: Path, s
         references = reference_embeddings(checkpoint, pictures, advance)
     if not all(np.isfinite(rows).all() and np.linalg.norm(rows, axis=1).all() for rows in references):
         raise ExportError("the checkpoint's own embeddings are zero or not finite in float32; its weights are damaged")
+    sealed.write_references(
+        directory,
+        [
+            Reference(picture.patches, rows)
+            for picture, rows in zip(pictures, references, strict=True)
+            if picture.name in REFERENCES
+        ],
+    )
     # From here on only the written graphs count; two sets of weights in memory would be one too many.
     checkpoint.close()
     _give_back()
@@ -207,10 +216,12 @@ def _measure(checkpoint: Checkpoint, variants: list[Variant], directory: Path, s
         )
         with stage(f"measure {variant.name}", len(pictures)) as advance:
             runtime = load_runtime(variant.runtime, load)
-            accuracy = measure(runtime, checkpoint.tower, pictures, references, BARS[variant.precision], advance)
+            accuracy, deviation = measure(
+                runtime, checkpoint.tower, pictures, references, BARS[variant.precision], advance
+            )
             del runtime
             _give_back()
-        measured.append(replace(variant, accuracy=accuracy))
+        measured.append(replace(variant, accuracy=accuracy, reference=deviation))
     return measured
 
 

@@ -29,8 +29,13 @@ _CUTS = (
     ("ragged on both edges", 1, 7, 9, 1),
     ("one window", 0, 4, 4, 1),
     ("less than a window", 1, 2, 3, 1),
+    ("small and ragged", 0, 5, 6, 1),
     ("video of four frames", 2, 6, 5, 4),
 )
+
+
+# Those that are sealed as references: small, since every lane encodes them at each start, and of both kinds of window.
+REFERENCES = ("small and ragged", "one window")
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
     artifact/
       manifest.json            the tower, the preprocessing, the variants, every file's sha256, measured accuracy
       manifest.json.sha256     the seal, in the form `sha256sum --check` reads
+      reference.safetensors    small items with their float32 embeddings, which every lane must reproduce before it serves
       openvino/… onnx/… torch/…
 
 `seal` writes the last two; `open_artifact` believes nothing that does not match them. What a graph contains is not known here.
@@ -14,17 +15,25 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Self
 
+import numpy as np
+import safetensors.numpy
+from safetensors import SafetensorError
+
 from sidecar.vision.digits import apart
 from sidecar.vision.dtypes import DType
+from sidecar.vision.grid import Grid, GridError
+from sidecar.vision.pixels import Patches
+from sidecar.vision.reference import Deviation, Reference
 from sidecar.vision.spec import PixelSpec, SpecError, TowerSpec
 
-SCHEMA = 1
+SCHEMA = 2
 MANIFEST = "manifest.json"
 SEAL = "manifest.json.sha256"
+REFERENCE = "reference.safetensors"
 
 _BLOCK_BYTES = 1 << 22
 _SEAL_LINE = re.compile(rb"([0-9a-f]{64}) [ *]" + re.escape(MANIFEST.encode()) + rb"\s*")
@@ -77,13 +86,17 @@ class Accuracy:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Variant:
-    """One graph of the artifact: a runtime, a precision, and the files it needs, `graph` first among them."""
+    """One graph of the artifact: a runtime, a precision, and the files it needs, `graph` first among them.
+
+    `reference`: how far its embeddings of the references were from the sealed ones at export.
+    """
 
     runtime: str
     precision: str
     graph: str
     files: tuple[str, ...]
     accuracy: Accuracy | None = None
+    reference: Deviation | None = None
 
     @property
     def name(self) -> str:
@@ -96,17 +109,19 @@ class Variant:
             "graph": self.graph,
             "files": list(self.files),
             "accuracy": None if self.accuracy is None else self.accuracy.to_dict(),
+            "reference": None if self.reference is None else asdict(self.reference),
         }
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        accuracy = values["accuracy"]
+        accuracy, reference = values["accuracy"], values["reference"]
         return cls(
             runtime=values["runtime"],
             precision=values["precision"],
             graph=values["graph"],
             files=tuple(values["files"]),
             accuracy=None if accuracy is None else Accuracy.from_dict(accuracy),
+            reference=None if reference is None else Deviation(**reference),
         )
 
 
@@ -156,6 +171,35 @@ class Artifact:
     def path(self, name: str) -> Path:
         return self.directory / name
 
+    def references(self) -> list[Reference]:
+        """The sealed references; none where nothing was sealed.
+
+        Raises:
+            ArtifactError: if their file is missing or changed, or its content does not fit the tower.
+        """
+        if REFERENCE not in self.hashes:
+            return []
+        self.verify([REFERENCE])
+        tower = self.manifest.tower
+        try:
+            tensors = safetensors.numpy.load_file(self.path(REFERENCE))
+            references = []
+            for number in range(len(tensors) // 3):
+                t, h, w = (int(size) for size in tensors[f"{number}.grid"])
+                grid = Grid(t, h, w).check(tower)
+                patches, rows = tensors[f"{number}.patches"], tensors[f"{number}.rows"]
+                fits = patches.shape == (grid.patches, tower.patch_width) and patches.dtype == np.uint8
+                if not (
+                    fits and rows.shape == (grid.tokens(tower), tower.out_hidden_size) and rows.dtype == np.float32
+                ):
+                    raise ValueError(
+                        f"reference {number} has arrays of other shapes or types than its grid {tuple(grid)} needs"
+                    )
+                references.append(Reference(Patches(patches, grid), rows))
+        except (SafetensorError, KeyError, ValueError, GridError) as error:
+            raise ArtifactError(f"{REFERENCE} cannot be read: {error}; export the artifact again") from None
+        return references
+
     def verify(self, names: Iterable[str] | None = None) -> None:
         """Check files against their hashes: the named ones, or all.
 
@@ -198,6 +242,17 @@ def fingerprint(tower: TowerSpec, pixels: PixelSpec, tensor_hashes: Mapping[str,
     """
     identity = {"tower": tower.to_dict(), "pixels": pixels.to_dict(), "weights": dict(tensor_hashes)}
     return hashlib.sha256(json.dumps(identity, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def write_references(directory: Path, references: Sequence[Reference]) -> None:
+    """Write what `Artifact.references` reads; to be called before `seal`."""
+    tensors: dict[str, np.ndarray] = {}
+    for number, reference in enumerate(references):
+        tensors[f"{number}.grid"] = np.array(reference.patches.grid, np.int64)
+        tensors[f"{number}.patches"] = reference.patches.values
+        tensors[f"{number}.rows"] = np.ascontiguousarray(reference.rows)
+    # Not save_file, which gives the file a mode that nobody but its owner can read.
+    (directory / REFERENCE).write_bytes(safetensors.numpy.save(tensors))
 
 
 def seal(directory: Path, manifest: Manifest) -> Artifact:
@@ -284,4 +339,6 @@ def open_artifact(directory: Path) -> Artifact:
             raise ArtifactError(
                 f"{MANIFEST} does not list {variant.graph}, the graph of {variant.name}, among its files"
             )
+        if variant.reference is None or REFERENCE not in hashes:
+            raise ArtifactError(f"{MANIFEST} holds no reference for {variant.name}; export the artifact again")
     return Artifact(directory, manifest, hashes)

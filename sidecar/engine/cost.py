@@ -4,10 +4,17 @@
 
 over the items of a run: the linear layers and windows grow with N, the full-attention blocks with Q, since a patch there sees its
 own frame. No part is negative, so the curve never falls.
+
+Small items say nothing of Q. So each patch brings the share of Q that the network's arithmetic gives it (`attention_share`), and
+only what runs take beyond that is fitted: a size that was never run is not taken for cheap.
+
+The curve changes slowly, from many runs. The drift, by how much the latest runs lie above or below it, multiplies it and follows
+at once.
 """
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -16,13 +23,20 @@ import numpy as np
 
 from sidecar.engine.status import CostCurve
 from sidecar.vision.grid import Grid
+from sidecar.vision.spec import TowerSpec
 
 _SAMPLES = 128
 _REFIT_EVERY = 8
 _KEPT_ANCHORS = 16
+# The first run at a new size sets things up and may take ten times as long: it counts for so many times its prediction at most.
 _MOST_SURPRISE = 4.0
 # A new sample outweighs an old one of the same size by so much for each sample that came between.
 _FORGETTING = 0.97
+# The drift is that of the latest runs, with faster forgetting; a run that took so many times its prediction, or that part of it,
+# makes it forget all runs before.
+_DRIFT_SAMPLES = 8
+_DRIFT_FORGETTING = 0.7
+_DRIFT_JUMP = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,11 +69,15 @@ _CHOICES = ([1], [2], [0, 1], [0, 2], [1, 2], [0, 1, 2], [0])
 class CostModel:
     """Learns from every run. One owner; reading `ms` from other threads is safe, since a fit is replaced as a whole."""
 
-    def __init__(self) -> None:
+    def __init__(self, attention_share: float = 0.0) -> None:
+        """`attention_share`: see the function of that name."""
+        self._attention_share = attention_share
         self._anchors: list[tuple[Work, float]] = []  # of the warm-up: sizes that traffic may not have
         self._recent: deque[tuple[Work, float]] = deque(maxlen=_SAMPLES)
+        self._drifting: deque[tuple[Work, float]] = deque(maxlen=_DRIFT_SAMPLES)
         self._since_fit = 0
-        self._fit = (0.0, 0.0, 0.0)
+        self._curve = (0.0, 0.0, 0.0)
+        self._fit = (0.0, 0.0, 0.0)  # the curve times the drift
 
     def anchor(self, work: Work, ms: float) -> None:
         """Learn from a warm-up run."""
@@ -68,19 +86,21 @@ class CostModel:
 
     def learn(self, work: Work, ms: float) -> None:
         """Learn from a run under load."""
-        # The first run at a new size sets things up and may take ten times as long. A lane that really has become so slow is
-        # believed a step at a time.
         if (expected := self.ms(work)) > 0:
             ms = min(ms, _MOST_SURPRISE * expected)
+            if not expected / _DRIFT_JUMP <= ms <= expected * _DRIFT_JUMP:
+                self._drifting.clear()
         self._recent.append((work, ms))
+        self._drifting.append((work, ms))
         self._since_fit += 1
-        if self._since_fit >= _REFIT_EVERY:
+        if self._since_fit >= _REFIT_EVERY or expected <= 0:
             self._refit()
+        else:
+            self._follow()
 
     def ms(self, work: Work) -> float:
         """Predicted duration of a run."""
-        fixed, per_patch, per_pair = self._fit
-        return fixed + per_patch * work.patches + per_pair * work.pairs
+        return _on(self._fit, work)
 
     @property
     def fixed_ms(self) -> float:
@@ -98,17 +118,51 @@ class CostModel:
         newest = len(self._recent)
         # Warm-up is worth as much as the oldest of the recent samples: it decides where there are no others.
         ages = [newest] * len(self._anchors) + [newest - 1 - index for index in range(newest)]
-        self._fit = fit(samples, [_FORGETTING**age for age in ages])
+        self._curve = fit(samples, [_FORGETTING**age for age in ages], self._attention_share)
+        self._follow()
+
+    def _follow(self) -> None:
+        """Bring the drift up to the latest run: the weighted geometric mean of measured over expected times."""
+        ratios, weights = 0.0, 0.0
+        for age, (work, ms) in enumerate(reversed(self._drifting)):
+            if (expected := _on(self._curve, work)) > 0 and ms > 0:
+                ratios += _DRIFT_FORGETTING**age * math.log(ms / expected)
+                weights += _DRIFT_FORGETTING**age
+        drift = math.exp(ratios / weights) if weights else 1.0
+        fixed, per_patch, per_pair = self._curve
+        self._fit = (fixed * drift, per_patch * drift, per_pair * drift)
 
 
-def fit(samples: Sequence[tuple[Work, float]], weights: Sequence[float]) -> tuple[float, float, float]:
+def attention_share(tower: TowerSpec) -> float:
+    """What a pair of patches costs in the full-attention blocks, as a part of what a patch costs in all else, by multiply-adds.
+
+    Real runs spend more on a pair than that, since attention runs at a lower rate than the large products do, and never less.
+    """
+    hidden, merged = tower.hidden_size, tower.hidden_size * tower.merge_unit
+    full = len(tower.fullatt_block_indexes)
+    block = 4 * hidden * hidden + 3 * hidden * tower.intermediate_size
+    windows = (tower.depth - full) * 2 * hidden * tower.window_patches
+    merger = (merged * merged + merged * tower.out_hidden_size) / tower.merge_unit
+    return 2 * full * hidden / (tower.patch_width * hidden + tower.depth * block + windows + merger)
+
+
+def _on(curve: tuple[float, float, float], work: Work) -> float:
+    fixed, per_patch, per_pair = curve
+    return fixed + per_patch * work.patches + per_pair * work.pairs
+
+
+def fit(
+    samples: Sequence[tuple[Work, float]], weights: Sequence[float], attention_share: float = 0.0
+) -> tuple[float, float, float]:
     """The curve with the least weighted relative error whose parts are not negative: (fixed, per_patch, per_pair) in ms.
+
+    `per_pair` is at least `attention_share` times `per_patch`.
 
     Relative, because a millisecond matters more to a small item. With three unknowns every choice of parts that are zero can be
     tried, which is exact and needs no solver.
     """
     times = np.array([ms for _, ms in samples])
-    features = np.array([(1.0, work.patches, work.pairs) for work, _ in samples])
+    features = np.array([(1.0, work.patches + attention_share * work.pairs, work.pairs) for work, _ in samples])
     scale = features.max(axis=0)
     scale[scale == 0] = 1.0
     importance = np.sqrt(np.array(weights)) / np.maximum(times, 1e-3)
@@ -124,4 +178,4 @@ def fit(samples: Sequence[tuple[Work, float]], weights: Sequence[float]) -> tupl
             best, least = np.zeros(3), error
             best[columns] = solution
     fixed, per_patch, per_pair = best / scale
-    return float(fixed), float(per_patch), float(per_pair)
+    return float(fixed), float(per_patch), float(per_pair + attention_share * per_patch)

@@ -4,8 +4,9 @@ The threads own the runtime, one for each of its streams, or two where it copies
 is waiting in fair order; several small items make one run for as long as that saves time. Work whose caller has gone, or whose
 deadline has become out of reach, never runs.
 
-A run that fails is followed by one that is known to be good. If that works, the items were at fault. If it fails too, the lane
-goes out of service, what waits is given back, and the good run is tried again after longer and longer pauses.
+A run that fails, or gives values that are not finite, is followed by the self-test. If the lane passes it, the items were at
+fault. If not, the circuit breaker takes the lane out of service: what waits is given back, and the self-test is tried again after
+longer and longer pauses. A run that takes many times its predicted time takes the lane out of service too, until it returns.
 """
 
 from __future__ import annotations
@@ -15,19 +16,21 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
-from sidecar.engine.cost import NOTHING, CostModel, Work
+from sidecar.engine.circuit_breaker import CircuitBreaker
+from sidecar.engine.cost import NOTHING, CostModel, Work, attention_share
 from sidecar.engine.fair_queue import FairQueue
-from sidecar.engine.known_good import KnownGood, blank
 from sidecar.engine.load_meter import LoadMeter
 from sidecar.engine.observer import Observer
+from sidecar.engine.self_test import SelfTest, SelfTestError, blank
 from sidecar.engine.status import LaneIdentity, LaneStatus
 from sidecar.engine.store import Draft
 from sidecar.engine.ticket import LaneOut, Ran, Ticket, work_of
-from sidecar.errors import CannotFinish, LaneFault, ShuttingDown
+from sidecar.engine.watchdog import STEP_S, Run, Watchdog
+from sidecar.errors import CannotFinish, EncoderError, LaneFault, ShuttingDown
 from sidecar.runtimes.base import Runtime
 from sidecar.vision.dtypes import all_finite
 from sidecar.vision.pixels import Patches
@@ -39,24 +42,33 @@ logger = logging.getLogger(__name__)
 # already save seven eighths of what sharing can, and each makes the others wait.
 _WORTHWHILE = 0.1
 _MOST_SHARED = 8
-_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 60.0
+# A lane that was idle for so long runs its self-test: what it has come to cost since, and whether it is still right.
+_IDLE_TEST_S = 60.0
 
 
 class Lane:
     """Encodes items on its own threads. `encode` and `status` are for the event loop."""
 
     def __init__(
-        self, name: str, runtime: Runtime, tower: TowerSpec, *, batch_patches: int, observer: Observer | None = None
+        self,
+        name: str,
+        runtime: Runtime,
+        tower: TowerSpec,
+        *,
+        batch_patches: int,
+        observer: Observer | None = None,
+        self_test: SelfTest | None = None,
     ) -> None:
-        """`batch_patches`: the most patches in one run of several items; 0 for one item a run."""
+        """`batch_patches`: the most patches in one run of several items; 0 for one item a run. `self_test`: one that knows the
+        artifact's references; without it the lane is only compared with itself."""
         self.identity = LaneIdentity(name, runtime.name, runtime.device, runtime.precision)
-        self.cost = CostModel()
+        self.cost = CostModel(attention_share(tower))
         self.output_dtype = runtime.output_dtype
         self.width = tower.out_hidden_size
         self.streams = runtime.streams
         self.runtime = runtime
         self._tower = tower
-        self._known_good = KnownGood(runtime, tower)
+        self._self_test = self_test or SelfTest(runtime, tower)
         self._batch_patches = batch_patches
         self._observer = observer or Observer()
         self._changed = threading.Condition()  # guards everything below
@@ -64,9 +76,9 @@ class Lane:
         self._waiting = NOTHING
         self._running = NOTHING
         self._running_items = 0
+        self._idle_since = time.monotonic()
         self._closing = False
-        self._out_until: float | None = None
-        self._pause_s = _FIRST_PAUSE_S
+        self._breaker = CircuitBreaker()
         self._meter = LoadMeter(time.monotonic(), runtime.streams)
         self._last_ended = 0.0
         self._runs = self._items = self._patches = self._failures = 0
@@ -75,6 +87,7 @@ class Lane:
             threading.Thread(target=self._serve, name=f"lane-{name}-{number}", daemon=True)
             for number in range(runtime.streams * (2 if runtime.pipelined else 1))
         ]
+        self._watchdog = Watchdog(f"lane-{name}", self._abandon)
         for thread in self._threads:
             thread.start()
 
@@ -88,8 +101,8 @@ class Lane:
             draft: makes room for the rows; called on the lane's thread.
 
         Raises:
-            LaneFault: if the runtime failed, or gave values that are not finite.
-            LaneOut: if the lane went out of service before the item's turn.
+            LaneFault: if the item made the runtime fail, or give values that are not finite.
+            LaneOut: if the lane is out of service, or failed with the item.
             CannotFinish: if the deadline was out of reach by then.
             ShuttingDown: if the lane is closed.
         """
@@ -99,8 +112,9 @@ class Lane:
         with self._changed:
             if self._closing:
                 raise ShuttingDown("this server is shutting down; send the item to another one")
-            if self._out_until is not None:
+            if self._breaker.is_open:
                 raise LaneOut
+            ticket.found_idle = not self._running_items and not len(self._queue)
             self._queue.push(client, ticket, work.patches)
             self._waiting += work
             self._changed.notify()
@@ -116,8 +130,7 @@ class Lane:
     @property
     def out_for_s(self) -> float:
         """0 in service; else the seconds until it is tried again."""
-        out_until = self._out_until
-        return 0.0 if out_until is None else max(0.001, out_until - time.monotonic())
+        return self._breaker.retry_in_s
 
     @property
     def run_patches(self) -> int:
@@ -144,21 +157,34 @@ class Lane:
             return self._meter.busy(time.monotonic())
 
     def warm_up(self, budget_s: float) -> None:
-        """Take the first runs of everything upon itself, and learn what they cost; larger ones only while the time lasts.
+        """Pass the self-test, take the first runs of everything upon itself, and learn what they cost; larger ones only while the
+        time lasts. A lane that does not pass is out of service from the start.
 
         Raises:
             RuntimeFault: if the runtime fails.
         """
-        self._known_good.warm_up(self.cost, budget_s)
+        try:
+            self._self_test.warm_up(self.cost, budget_s)
+        except SelfTestError as error:
+            self._go_out(str(error))
 
     def close(self, timeout_s: float | None = None) -> bool:
-        """Take no more, finish what is queued, and end the threads. Returns whether that was done within `timeout_s`."""
+        """Take no more, finish what is queued, and end the threads; one that is stuck is left to itself.
+
+        Returns:
+            Whether all of them ended within `timeout_s`.
+        """
         with self._changed:
             self._closing = True
             self._changed.notify_all()
-        until = None if timeout_s is None else time.monotonic() + timeout_s
+        until = math.inf if timeout_s is None else time.monotonic() + timeout_s
         for thread in self._threads:
-            thread.join(None if until is None else max(0.0, until - time.monotonic()))
+            while (
+                thread.is_alive() and not self._watchdog.is_stuck(thread) and (left_s := until - time.monotonic()) > 0
+            ):
+                thread.join(min(left_s, STEP_S))
+        if not any(thread.is_alive() and not self._watchdog.is_stuck(thread) for thread in self._threads):
+            self._watchdog.stop()
         return not any(thread.is_alive() for thread in self._threads)
 
     def status(self) -> LaneStatus:
@@ -169,7 +195,7 @@ class Lane:
                 runtime=self.identity.runtime,
                 device=self.identity.device,
                 precision=self.identity.precision,
-                state="serving" if self._out_until is None else "out",
+                state="out" if self._breaker.is_open else "serving",
                 streams=self.streams,
                 waiting_items=len(self._queue),
                 waiting_patches=self._waiting.patches,
@@ -194,27 +220,28 @@ class Lane:
         if run:
             self._carry_out(run)
         elif run is not None:
-            self._try_again()
+            self._test()
         return run is not None
 
     def _next_run(self) -> list[Ticket] | None:
-        """What to run now, in fair order. Nothing of it: the lane is out of service and due for a try. None: it is over."""
+        """What to run now, in fair order. Nothing of it: the self-test is due. None: it is over."""
         with self._changed:
             while True:
-                if self._out_until is not None:
+                if self._breaker.is_open:
                     if self._closing:
                         return None
-                    pause_s = self._out_until - time.monotonic()
-                    if pause_s <= 0:
-                        self._out_until = time.monotonic() + self._pause_s  # of several threads one tries
+                    if self._breaker.take_attempt():
                         return []
-                    self._changed.wait(pause_s)
+                    self._changed.wait(self._breaker.retry_in_s)
                 elif run := self._gather():
                     return run
                 elif self._closing:
                     return None
+                elif (idle_s := time.monotonic() - self._idle_since) >= _IDLE_TEST_S and not self._running_items:
+                    self._idle_since = time.monotonic()
+                    return []
                 else:
-                    self._changed.wait()
+                    self._changed.wait(max(STEP_S, _IDLE_TEST_S - idle_s))
 
     def _gather(self) -> list[Ticket]:
         run: list[Ticket] = []
@@ -223,7 +250,9 @@ class Lane:
             self._waiting -= ticket.work
             if ticket.patches is None or ticket.done.cancelled():
                 continue
-            if ticket.deadline() < time.monotonic() + self.cost.ms(total + ticket.work) / 1e3:
+            # An item that found the lane idle runs whatever the lane believes: only runs can tell it that it is wrong.
+            needed_s = 0.0 if ticket.found_idle else self.cost.ms(total + ticket.work) / 1e3
+            if ticket.deadline() < time.monotonic() + needed_s:
                 ticket.answer(CannotFinish("the item's turn came too late for its deadline"))
                 continue
             run.append(ticket)
@@ -244,54 +273,74 @@ class Lane:
             and first.values.dtype == more.patches.values.dtype
         )
 
-    def _carry_out(self, run: list[Ticket]) -> None:
+    def _carry_out(self, tickets: list[Ticket]) -> None:
+        run = Run.of(tickets, self.cost.ms(work_of(tickets)))
+        self._watchdog.begin(run)
         with self._changed:
             self._meter.begin(time.monotonic())
         try:
-            if self._attempt(run) is None:
+            failed = self._attempt(run, tickets)
+            if failed and (trouble := self._self_test_error()):
+                self._go_out(trouble)
+                for ticket in failed:
+                    ticket.answer(LaneOut(running=True))
                 return
-            if not self._is_well():
-                self._go_out()
-                failed = run
-            elif len(run) > 1:
+            if len(tickets) > 1:
                 # One of them is at fault, and its neighbours are not.
-                failed = [ticket for ticket in run if self._attempt([ticket]) is not None]
-            else:
-                failed = run
-            for ticket in failed:
-                ticket.answer(self._fault())
+                failed = {ticket: fault for alone in failed for ticket, fault in self._attempt(run, [alone]).items()}
+            for ticket, fault in failed.items():
+                ticket.answer(fault)
         finally:
+            abandoned = self._watchdog.end()
             with self._changed:
                 self._meter.end(time.monotonic())
-                for ticket in run:
-                    self._running -= ticket.work
-                self._running_items -= len(run)
+                self._idle_since = time.monotonic()
+                if not abandoned:
+                    self._forget(run)
 
-    def _attempt(self, run: list[Ticket]) -> BaseException | None:
-        """Run, and answer each item. Returns what the runtime threw, if it did."""
+    def _forget(self, run: Run) -> None:
+        """It takes none of the lane's time any more."""
+        for ticket in run.tickets:
+            self._running -= ticket.work
+        self._running_items -= len(run.tickets)
+
+    def _attempt(self, run: Run, tickets: list[Ticket]) -> dict[Ticket, EncoderError]:
+        """Run some of a run's items, and answer those that come out well. Returns the others, and what is to be said of them."""
         try:
-            self._run(run)
+            failed = self._run(run, tickets)
+            if not failed:
+                return {}
+            what = "values that are not finite"
+            logger.error("lane %s gave %s for %s", self.identity.name, what, _grids(failed))
         except BaseException as error:  # nothing that a runtime throws must end the lane
-            grids = ", ".join(str(tuple(ticket.grid)) for ticket in run)
-            logger.error("%s failed on %s", self.identity.name, grids, exc_info=error)
-            with self._changed:
-                self._failures += 1
-                self._last_error = f"{type(error).__name__} on a run of {len(run)}"
-            run[0].tell(self._observer.run_failed, self.identity.name)
-            return error
-        return None
+            what = type(error).__name__
+            logger.error("lane %s failed on %s", self.identity.name, _grids(tickets), exc_info=error)
+            fault = f"the {self.identity.runtime} runtime failed on this item; the server's log has the details"
+            failed = {ticket: LaneFault(fault) for ticket in tickets}
+        if run.abandoned:  # its items have been answered
+            return {}
+        self._fail(f"{what} on a run of {len(tickets)}", tickets)
+        return failed
 
-    def _run(self, run: list[Ticket]) -> None:
+    def _fail(self, what: str, tickets: Sequence[Ticket]) -> None:
+        with self._changed:
+            self._failures += 1
+            self._last_error = what
+        for ticket in tickets[:1]:
+            ticket.tell(self._observer.run_failed, self.identity.name)
+
+    def _run(self, run: Run, tickets: list[Ticket]) -> dict[Ticket, EncoderError]:
+        """Returns the items whose rows are not finite."""
         started = time.monotonic()
-        patches = [ticket.patches for ticket in run if ticket.patches is not None]
-        if len(patches) < len(run):  # a caller has gone in this very moment
-            patches = [ticket.patches or blank(ticket.grid, self._tower) for ticket in run]
-        grids = [ticket.grid for ticket in run]
+        patches = [ticket.patches for ticket in tickets if ticket.patches is not None]
+        if len(patches) < len(tickets):  # a caller has gone in this very moment
+            patches = [ticket.patches or blank(ticket.grid, self._tower) for ticket in tickets]
+        grids = [ticket.grid for ticket in tickets]
         drafts: list[Draft] = []
         try:
-            if len(run) == 1:
+            if len(tickets) == 1:
                 # Straight into the store's file.
-                drafts.append(run[0].draft())
+                drafts.append(tickets[0].draft())
                 self.runtime.run(patches[0].values, grids, drafts[0].rows)
                 rows = [drafts[0].rows]
             else:
@@ -299,63 +348,84 @@ class Lane:
                 whole = self.runtime.encode(together, grids, self._tower)
                 ends = np.cumsum([grid.tokens(self._tower) for grid in grids])
                 rows = np.split(whole, ends[:-1])
+            if run.abandoned:
+                return {}
             ran_at = time.monotonic()
-            self._count(run, started, ran_at)
-            for number, ticket in enumerate(run):
-                if len(run) > 1:
+            self._count(tickets, started, ran_at)
+            failed: dict[Ticket, EncoderError] = {}
+            for number, ticket in enumerate(tickets):
+                if not all_finite(rows[number], self.output_dtype):
+                    failed[ticket] = LaneFault(
+                        "the embedding is not finite; the input or the artifact's precision is out of range"
+                    )
+                    continue
+                if len(tickets) > 1:
                     drafts.append(ticket.draft())
-                    drafts[number].rows[:] = rows[number]
-                self._deliver(ticket, drafts[number], started, ran_at)
+                    drafts[-1].rows[:] = rows[number]
+                self._deliver(ticket, drafts[-1], started, ran_at)
+            return failed
         finally:
             for draft in drafts:
                 draft.discard()
 
     def _deliver(self, ticket: Ticket, draft: Draft, started: float, ran_at: float) -> None:
         begun = time.monotonic()
-        if not all_finite(draft.rows, self.output_dtype):
-            ticket.answer(
-                LaneFault("the embedding is not finite; the input or the artifact's precision is out of range")
-            )
-            return
         entry = draft.publish(self.identity)
         took_ms = (time.monotonic() - begun) * 1e3
         queue_ms = (started - ticket.queued_at) * 1e3
         ticket.answer(Ran(draft.rows, entry, queue_ms, (ran_at - started) * 1e3, took_ms))
 
-    def _fault(self) -> LaneFault:
-        runtime = self.identity.runtime
-        return LaneFault(f"the {runtime} runtime failed on this item; the server's log has the details")
-
-    def _is_well(self) -> bool:
+    def _self_test_error(self) -> str:
+        """Why the self-test fails; empty if it passes."""
         try:
-            self._known_good.run()
-        except BaseException:
-            logger.exception("%s failed on an item that is known to be good", self.identity.name)
-            return False
-        return True
+            self._self_test.run()
+        except BaseException as error:
+            return str(error) or type(error).__name__
+        return ""
 
-    def _go_out(self) -> None:
+    def _go_out(self, reason: str) -> None:
         """Out of service: what waits is given back, for other lanes."""
         with self._changed:
-            self._out_until = time.monotonic() + self._pause_s
-            logger.error("%s is out of service and is tried again in %g s", self.identity.name, self._pause_s)
-            self._pause_s = min(2 * self._pause_s, _LONGEST_PAUSE_S)
+            pause_s = self._breaker.trip()
+            self._last_error = reason
             left = self._queue.clear()
             self._waiting = NOTHING
             self._changed.notify_all()
+        logger.error("lane %s is out of service, next try in %g s: %s", self.identity.name, pause_s, reason)
         for ticket in left:
             ticket.answer(LaneOut())
 
-    def _try_again(self) -> None:
-        well = self._is_well()
+    def _test(self) -> None:
+        """The self-test of a lane that is out of service, or has been idle."""
+        self._watchdog.begin(Run.of([], 0.0))
+        try:
+            if self._self_test.passed:
+                self._self_test.run(self.cost)
+            else:  # from the start, so that nothing is known of what runs cost
+                self._self_test.warm_up(self.cost, 0.0)
+        except BaseException as error:
+            self._fail("the self-test failed", ())
+            self._go_out(str(error) or type(error).__name__)
+            return
+        finally:
+            self._watchdog.end()
         with self._changed:
-            if well:
-                self._out_until, self._pause_s = None, _FIRST_PAUSE_S
-                logger.warning("%s is in service again", self.identity.name)
-            else:
-                self._out_until = time.monotonic() + self._pause_s
-                self._pause_s = min(2 * self._pause_s, _LONGEST_PAUSE_S)
+            if self._breaker.is_open:
+                logger.warning("lane %s is in service again", self.identity.name)
+            self._breaker.reset()
+            self._idle_since = time.monotonic()
             self._changed.notify_all()
+
+    def _abandon(self, run: Run) -> None:
+        """Give up a run that is stuck. The lane is out of service until one of its threads is free and passes the self-test."""
+        with self._changed:
+            self._forget(run)
+        what = f"a run of {len(run.tickets)} items" if run.tickets else "the self-test"
+        reason = f"{what} has not returned for {run.watched_s:.0f} s"
+        self._fail(reason, run.tickets)
+        self._go_out(reason)
+        for ticket in run.tickets:
+            ticket.answer(LaneOut(running=True))
 
     def _count(self, run: Sequence[Ticket], started: float, ended: float) -> None:
         work, run_ms = work_of(run), (ended - started) * 1e3
@@ -368,3 +438,7 @@ class Lane:
             self._items += len(run)
             self._patches += work.patches
         run[0].tell(self._observer.run, self.identity.name, len(run), work.patches, run_ms)
+
+
+def _grids(tickets: Iterable[Ticket]) -> str:
+    return ", ".join(str(tuple(ticket.grid)) for ticket in tickets)

@@ -36,6 +36,8 @@ _DECODED_PIXELS_A_PATCH = 4096
 _NEWCOMERS = 2
 # Where nothing tells how long it will take until there is room, as while items are still being opened.
 _LEAST_PAUSE_S = 0.1
+# An item that was running on so many lanes when they failed may be the cause, and gets no further one.
+_MOST_FAILED_LANES = 2
 _NO_TIME = StageTimes()
 
 
@@ -249,7 +251,9 @@ class Scheduler:
                 retry_after_s=self._lanes.wait_s(self._turns.accepted, len(self._jobs)) * excess / waiting,
             )
         left_s = job.deadline - time.monotonic()
-        if left_s < (needed_s := self._turns.finish_s(job.client, work)):
+        # Where nothing else is under way, time is not lost to anybody, and what the lanes believe of it may be wrong.
+        needed_s = self._turns.finish_s(job.client, work) if waiting else 0.0
+        if left_s < needed_s:
             raise CannotFinish(
                 f"this item would take about {needed_s:.2f} s from now, and its deadline is in {max(0.0, left_s):.2f} s"
             )
@@ -279,8 +283,11 @@ class Scheduler:
                     lambda: job.deadline,
                     lambda lane=lane: self._draft(job, lane, prepared),  # type: ignore[misc]
                 )
-            except LaneOut:
-                continue
+            except LaneOut as out:
+                if out.running:
+                    failed.append(lane)
+                if len(failed) >= _MOST_FAILED_LANES:
+                    raise LaneFault("this item was running on several lanes when they failed") from out
             except LaneFault:
                 failed.append(lane)
                 if all(lane in failed or lane.out_for_s for lane in self.lanes):

@@ -20,7 +20,15 @@ from sidecar.vision.pixels import Patches
 
 
 class LaneOut(Exception):
-    """The lane went out of service before the item's turn came: another may take it."""
+    """The lane is out of service: another one may take the item.
+
+    Attributes:
+        running: whether the item was running when the lane failed, so that the item may be the cause.
+    """
+
+    def __init__(self, *, running: bool = False) -> None:
+        super().__init__("the lane is out of service")
+        self.running = running
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +44,10 @@ class Ran:
 
 @dataclass(slots=True, eq=False)
 class Ticket:
-    """`patches` is None once the caller has gone, so that what waits to be skipped takes no memory."""
+    """`patches` is None once the caller has gone, so that what waits to be skipped takes no memory.
+
+    `found_idle`: the lane had nothing to do when the item came.
+    """
 
     patches: Patches | None
     grid: Grid
@@ -45,6 +56,7 @@ class Ticket:
     loop: asyncio.AbstractEventLoop
     done: asyncio.Future[Ran]
     work: Work
+    found_idle: bool = False
     queued_at: float = field(default_factory=time.monotonic)
 
     def answer(self, result: Ran | EncoderError | LaneOut) -> None:

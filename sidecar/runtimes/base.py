@@ -47,6 +47,7 @@ class Runtime(ABC):
 
     Attributes:
         name: `openvino`, `onnx`, `torch` or `optimum`.
+        version: of the library that runs.
         device: what really runs, read back from the runtime after loading.
         precision: what the graph computes in, as the artifact names it.
         output_dtype: dtype of the embeddings.
@@ -55,6 +56,7 @@ class Runtime(ABC):
     """
 
     name: str
+    version: str = ""
     device: str
     precision: str
     output_dtype: DType

@@ -28,6 +28,7 @@ class OnnxRuntime(Runtime):
     stored in: ONNX Runtime's CPU provider has no bfloat16 arithmetic."""
 
     name = "onnx"
+    version = onnxruntime.__version__
 
     def __init__(self, load: Load) -> None:
         """Create the session.

@@ -31,6 +31,7 @@ class OpenVinoRuntime(Runtime):
     """One compiled model, and an infer request for each of its streams."""
 
     name = "openvino"
+    version = ov.__version__.partition("-")[0]
 
     def __init__(self, load: Load) -> None:
         """Compile the graph.

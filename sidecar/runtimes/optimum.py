@@ -32,6 +32,7 @@ class OptimumRuntime(Runtime):
     """Two compiled models, one after the other. `load.graph` is the merger's .xml; the other lies beside it."""
 
     name = "optimum"
+    version = ov.__version__.partition("-")[0]
 
     def __init__(self, load: Load) -> None:
         """Compile both graphs.

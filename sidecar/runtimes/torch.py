@@ -31,6 +31,7 @@ class TorchRuntime(Runtime):
     """The tower with an artifact's weights on one torch device."""
 
     name = "torch"
+    version = torch.__version__
 
     def __init__(self, load: Load) -> None:
         """Load the weights on to the device, and on CUDA compile and record it.

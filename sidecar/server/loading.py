@@ -15,6 +15,7 @@ from sidecar.adopted import adopt_optimum, is_optimum_directory
 from sidecar.artifact import MANIFEST, Artifact, ArtifactError, Variant, open_artifact
 from sidecar.engine.lane import Lane
 from sidecar.engine.observer import Observer
+from sidecar.engine.self_test import SelfTest
 from sidecar.machine import usable_cores
 from sidecar.runtimes import cache
 from sidecar.runtimes.base import Load
@@ -160,7 +161,14 @@ def _load_lane(
                 # A damaged file explains a runtime that could not load it, so it is reported first.
                 verified.result()
         loaded = time.perf_counter()
-        lane = Lane(name, runtime, manifest.tower, batch_patches=settings.batch_patches, observer=observer)
+        lane = Lane(
+            name,
+            runtime,
+            manifest.tower,
+            batch_patches=settings.batch_patches,
+            observer=observer,
+            self_test=SelfTest(runtime, manifest.tower, artifact.references(), variant.reference),
+        )
         try:
             lane.warm_up(settings.warm_up_seconds)
         except BaseException:

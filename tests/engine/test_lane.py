@@ -27,7 +27,7 @@ MakeLane = Callable[..., Lane]
 @pytest.fixture
 def make_lane(monkeypatch: pytest.MonkeyPatch) -> Iterator[MakeLane]:
     """One item a run unless told otherwise, and out of service for a moment only."""
-    monkeypatch.setattr("sidecar.engine.lane._FIRST_PAUSE_S", 0.02)
+    monkeypatch.setattr("sidecar.engine.circuit_breaker.FIRST_PAUSE_S", 0.02)
     lanes: list[Lane] = []
 
     def make(runtime: FakeRuntime, batch_patches: int = 0) -> Lane:
@@ -192,10 +192,10 @@ def test_work_whose_deadline_has_come_too_near_is_skipped(make_lane: MakeLane) -
         runtime.gate.clear()
         first = asyncio.create_task(encode(lane, item(1)))
         await entered(runtime)
-        # There is time left, but less than a run takes.
-        late = asyncio.create_task(encode(lane, item(2), deadline=time.monotonic() + 0.04))
+        # When its turn comes, there is time left, but less than a run takes.
+        late = asyncio.create_task(encode(lane, item(2), deadline=time.monotonic() + 0.09))
         patient = asyncio.create_task(encode(lane, item(3)))
-        await asyncio.sleep(0)
+        await asyncio.sleep(0.05)
         runtime.gate.set()
         await first
         with pytest.raises(CannotFinish):
@@ -330,10 +330,11 @@ def test_a_lane_whose_runtime_keeps_failing_goes_out_of_service_and_is_tried_aga
         waiting = asyncio.create_task(encode(lane, item(2)))
         await asyncio.sleep(0)
         runtime.gate.set()
-        with pytest.raises(LaneFault):
+        with pytest.raises(LaneOut) as ran:
             await first
-        with pytest.raises(LaneOut):  # never ran: another lane may take it
+        with pytest.raises(LaneOut) as never_ran:
             await waiting
+        assert ran.value.running and not never_ran.value.running
         assert lane.status().state == "out" and lane.out_for_s > 0
         with pytest.raises(LaneOut):
             await encode(lane, item(3))
@@ -358,7 +359,8 @@ def test_an_embedding_that_is_not_finite_is_a_fault(make_lane: MakeLane, bad: fl
 
     def spoil(patches: np.ndarray, grids: object, out: np.ndarray) -> None:
         whole(patches, grids, out)  # type: ignore[arg-type]
-        out[-1, -1] = bad
+        if patches[0, 0] == 1:
+            out[-1, -1] = bad
 
     runtime.run = spoil  # type: ignore[method-assign]
     lane = make_lane(runtime)
@@ -372,12 +374,13 @@ def test_an_embedding_that_is_not_finite_is_a_fault(make_lane: MakeLane, bad: fl
 
 
 def test_an_infinite_bfloat16_is_a_fault_too(make_lane: MakeLane) -> None:
-    """numpy knows no bfloat16: its bits must be looked at."""
+    """numpy knows no bfloat16: its bits must be looked at. Here the self-test gives infinity as well."""
     lane = make_lane(FakeRuntime(dtype=DType.BFLOAT16))
 
     async def ask() -> None:
-        with pytest.raises(LaneFault, match="not finite"):
+        with pytest.raises(LaneOut):
             await encode(lane, item(1))
+        assert lane.status().state == "out"
 
     run(ask())
 
@@ -426,6 +429,7 @@ def test_warming_up_measures_small_sizes_always_and_larger_ones_while_time_lasts
         def run(self, patches: np.ndarray, grids: object, out: np.ndarray) -> None:
             shapes.append(len(patches))
             self.before(len(patches))
+            out[:] = 1.0
 
     def fail(_: int) -> None:
         raise RuntimeFault("no")
@@ -435,7 +439,7 @@ def test_warming_up_measures_small_sizes_always_and_larger_ones_while_time_lasts
     )
     hasty.warm_up(budget_s=0)
     window = TOWER.window_patches
-    assert window in shapes and any(count % window for count in shapes)
+    assert {bool(count % window) for count in shapes} == {True, False}  # ragged windows, and whole ones alone
     largest = max(shapes)
     patient.warm_up(budget_s=30)
     assert max(shapes) > largest

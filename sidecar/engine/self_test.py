@@ -1,0 +1,163 @@
+"""The self-test of a lane: it encodes sealed reference items and compares the result with their sealed embeddings.
+
+A lane passes it before it is ready, after a fault, and now and then while it is idle. Where no reference is sealed (a directory
+that `optimum-cli` wrote), the lane's own first result must be finite and not zero, and is what later results must equal.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import numpy as np
+
+from sidecar.engine.cost import CostModel, Work
+from sidecar.runtimes.base import Runtime, RuntimeFault
+from sidecar.vision.dtypes import DType, to_float32
+from sidecar.vision.grid import Grid
+from sidecar.vision.pixels import Patches
+from sidecar.vision.reference import Deviation, Reference
+from sidecar.vision.spec import TowerSpec
+
+# Sizes in tokens (h, w) that are measured beside the references, so that the cost is known where pictures are.
+_MEASURED_TOKENS = ((8, 8), (16, 16), (32, 32))
+# Where an artifact seals no reference: a size with whole and with ragged windows.
+_PATTERN_TOKENS = (5, 6)
+
+# Another machine rounds differently: its error may be so many times what export measured, or this much where that was less.
+# The products of bfloat16 and int8 differ between instruction sets (VNNI quantises activations that AMX does not).
+_TIMES_SEALED = 3.0
+_LEAST_ROW_ERROR = {"f32": 1e-3, "bf16": 0.02, "int8": 0.05}
+_LEAST_GAIN_ERROR = {"f32": 1e-3, "bf16": 3e-3, "int8": 6e-3}
+# What storing a row in its dtype may add: half a unit in the last place of the significand.
+_STORING = {DType.FLOAT32: 2.0**-24, DType.FLOAT16: 2.0**-11, DType.BFLOAT16: 2.0**-8}
+
+
+class SelfTestError(RuntimeFault):
+    """The lane computes something else than the artifact says."""
+
+
+def allowed_deviation(sealed: Deviation, precision: str, dtype: DType) -> Deviation:
+    """The largest deviation that passes.
+
+    Args:
+        sealed: what export measured for the variant.
+        precision: what the variant computes in: `f32`, `bf16` or `int8`.
+        dtype: what the lane stores its rows in.
+    """
+    row_error = max(_TIMES_SEALED * sealed.row_error, _LEAST_ROW_ERROR[precision]) + _STORING[dtype]
+    return Deviation(
+        # For vectors of about equal length, 1 − cosine is half of the squared relative error.
+        cosine_min=1.0 - row_error**2 / 2,
+        row_error=row_error,
+        gain_error=max(_TIMES_SEALED * sealed.gain_error, _LEAST_GAIN_ERROR[precision]),
+    )
+
+
+class SelfTest:
+    """Runs on a lane's runtime, on the thread of whoever calls.
+
+    Attributes:
+        passed: whether it has ever passed.
+    """
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        tower: TowerSpec,
+        references: Sequence[Reference] = (),
+        sealed: Deviation | None = None,
+    ) -> None:
+        """`references` and `sealed`: of the variant that the runtime has loaded; both or neither."""
+        self._runtime = runtime
+        self._tower = tower
+        self._references = list(references)
+        self._sealed = sealed or Deviation(cosine_min=1.0, row_error=0.0, gain_error=0.0)
+        self.passed = False
+
+    def run(self, cost: CostModel | None = None) -> None:
+        """Encode every reference and compare; `cost` learns what it took.
+
+        Raises:
+            SelfTestError: if a result is not its reference.
+            BaseException: whatever the runtime raises.
+        """
+        for reference in self._references or [self._recorded()]:
+            work, ms = self._check([reference])
+            if cost is not None:
+                cost.learn(work, ms)
+        self.passed = True
+
+    def warm_up(self, cost: CostModel, budget_s: float) -> None:
+        """Pass the test and measure items of growing size, each twice, since the first run at a size sets things up. Larger items
+        run only while the time lasts. Raises as `run` does."""
+        ends = time.monotonic() + budget_s
+        for reference in self._references or [self._recorded()]:
+            self._check([reference])
+            cost.anchor(*self._check([reference]))
+        for number, tokens in enumerate(_MEASURED_TOKENS):
+            item = _blank(tokens, self._tower)
+            work = Work.of([item.grid])
+            if number and 2 * cost.ms(work) > (ends - time.monotonic()) * 1e3:
+                break
+            self._time([item])
+            cost.anchor(work, self._time([item])[1])
+        if len(self._references) > 1 and time.monotonic() < ends:
+            self._check(self._references)  # items that share a run keep their own rows
+        self.passed = True
+
+    def _check(self, references: Sequence[Reference]) -> tuple[Work, float]:
+        """Encode them in one run, and compare. Returns what that was and the milliseconds that it took."""
+        items = [reference.patches for reference in references]
+        rows, ms = self._time(items)
+        expected = np.concatenate([reference.rows for reference in references])
+        found = Deviation.between(to_float32(rows, self._runtime.output_dtype), expected)
+        allowed = allowed_deviation(self._sealed, self._runtime.precision, self._runtime.output_dtype)
+        if not (found.row_error <= allowed.row_error and found.gain_error <= allowed.gain_error):
+            raise SelfTestError(
+                f"{self._described()} does not reproduce the reference: cosine {found.cosine_min:.5f} (at least "
+                f"{allowed.cosine_min:.5f}), error of a row {found.row_error:.4g} (at most {allowed.row_error:.4g}), "
+                f"error of the scale {found.gain_error:.4g} (at most {allowed.gain_error:.4g})"
+            )
+        return Work.of(item.grid for item in items), ms
+
+    def _recorded(self) -> Reference:
+        """Make the lane's own result the reference, if it can be one."""
+        item = pattern(_PATTERN_TOKENS, self._tower)
+        rows = to_float32(self._time([item])[0], self._runtime.output_dtype)
+        if not (np.isfinite(rows).all() and rows.any(axis=1).all()):
+            raise SelfTestError(f"{self._described()} gives embeddings that are zero or not finite")
+        self._references = [Reference(item, rows)]
+        return self._references[0]
+
+    def _time(self, items: Sequence[Patches]) -> tuple[np.ndarray, float]:
+        started = time.monotonic()
+        values = items[0].values if len(items) == 1 else np.concatenate([item.values for item in items])
+        rows = self._runtime.encode(values, [item.grid for item in items], self._tower)
+        return rows, (time.monotonic() - started) * 1e3
+
+    def _described(self) -> str:
+        runtime = self._runtime
+        return f"{runtime.name} {runtime.version} on {runtime.device}, {runtime.precision},"
+
+
+def blank(grid: Grid, tower: TowerSpec) -> Patches:
+    """A black item of this size."""
+    return Patches(np.zeros((grid.patches, tower.patch_width), np.uint8), grid)
+
+
+def pattern(tokens: tuple[int, int], tower: TowerSpec) -> Patches:
+    """An item of h × w tokens in which every patch differs from the others; always the same one."""
+    grid = _grid(tokens, tower)
+    values = np.random.default_rng(0).integers(0, 256, (grid.patches, tower.patch_width), np.uint8)
+    values[0, 0] = 255
+    return Patches(values, grid)
+
+
+def _blank(tokens: tuple[int, int], tower: TowerSpec) -> Patches:
+    return blank(_grid(tokens, tower), tower)
+
+
+def _grid(tokens: tuple[int, int], tower: TowerSpec) -> Grid:
+    merge = tower.spatial_merge_size
+    return Grid(1, tokens[0] * merge, tokens[1] * merge)
