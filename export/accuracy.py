@@ -6,7 +6,6 @@ of the samples and one block instead of a second, wider tower.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -74,11 +73,11 @@ def measure(
     references: Sequence[Rows],
     bar: float,
     advance: Callable[[], None],
-) -> tuple[Accuracy, Deviation]:
+) -> tuple[Accuracy, tuple[Deviation, ...]]:
     """Run every sample through a loaded runtime and compare; `advance` is called after each.
 
     Returns:
-        The accuracy over all samples, and the deviation of those that are sealed as references.
+        The accuracy over all samples, and the deviation of each that is sealed as a reference.
     """
     measured: list[dict[str, Any]] = []
     deviations: list[Deviation] = []
@@ -111,7 +110,7 @@ def measure(
         bar=bar,
         samples=tuple(measured),
     )
-    return accuracy, functools.reduce(Deviation.worst, deviations)
+    return accuracy, tuple(deviations)
 
 
 def row_cosine(rows: Rows, reference: Rows) -> npt.NDArray[np.float64]:

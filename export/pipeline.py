@@ -216,12 +216,12 @@ def _measure(checkpoint: Checkpoint, variants: list[Variant], directory: Path, s
         )
         with stage(f"measure {variant.name}", len(pictures)) as advance:
             runtime = load_runtime(variant.runtime, load)
-            accuracy, deviation = measure(
+            accuracy, deviations = measure(
                 runtime, checkpoint.tower, pictures, references, BARS[variant.precision], advance
             )
             del runtime
             _give_back()
-        measured.append(replace(variant, accuracy=accuracy, reference=deviation))
+        measured.append(replace(variant, accuracy=accuracy, references=deviations))
     return measured
 
 

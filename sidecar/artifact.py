@@ -88,7 +88,7 @@ class Accuracy:
 class Variant:
     """One graph of the artifact: a runtime, a precision, and the files it needs, `graph` first among them.
 
-    `reference`: how far its embeddings of the references were from the sealed ones at export.
+    `references`: how far its embedding of each reference was from the sealed one at export.
     """
 
     runtime: str
@@ -96,7 +96,7 @@ class Variant:
     graph: str
     files: tuple[str, ...]
     accuracy: Accuracy | None = None
-    reference: Deviation | None = None
+    references: tuple[Deviation, ...] = ()
 
     @property
     def name(self) -> str:
@@ -109,19 +109,19 @@ class Variant:
             "graph": self.graph,
             "files": list(self.files),
             "accuracy": None if self.accuracy is None else self.accuracy.to_dict(),
-            "reference": None if self.reference is None else asdict(self.reference),
+            "references": [asdict(deviation) for deviation in self.references],
         }
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        accuracy, reference = values["accuracy"], values["reference"]
+        accuracy = values["accuracy"]
         return cls(
             runtime=values["runtime"],
             precision=values["precision"],
             graph=values["graph"],
             files=tuple(values["files"]),
             accuracy=None if accuracy is None else Accuracy.from_dict(accuracy),
-            reference=None if reference is None else Deviation(**reference),
+            references=tuple(Deviation(**deviation) for deviation in values["references"]),
         )
 
 
@@ -339,6 +339,6 @@ def open_artifact(directory: Path) -> Artifact:
             raise ArtifactError(
                 f"{MANIFEST} does not list {variant.graph}, the graph of {variant.name}, among its files"
             )
-        if variant.reference is None or REFERENCE not in hashes:
+        if not variant.references or REFERENCE not in hashes:
             raise ArtifactError(f"{MANIFEST} holds no reference for {variant.name}; export the artifact again")
     return Artifact(directory, manifest, hashes)

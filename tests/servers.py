@@ -92,13 +92,17 @@ def spawn(
     if "--store" not in flags:
         flags = (*flags, "--store", tempfile.mkdtemp(dir=_stores()))
     command = [sys.executable, "-m", "sidecar", "serve", "--artifact", str(artifact), "--listen", listen]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("EPD_", "DYN_"))}
-    # gRPC's own lines on stderr would mix with the server's.
-    environment |= {"PYTHONPATH": str(ROOT), "GRPC_VERBOSITY": "NONE", "XDG_CACHE_HOME": str(shared_cache())}
-    environment |= added or {}
+    environment = serve_environment() | (added or {})
     with log.open("wb") as output:
         process = subprocess.Popen([*command, *flags], cwd=directory, env=environment, stdout=output, stderr=output)
     return process, log
+
+
+def serve_environment() -> dict[str, str]:
+    """The environment of a server that shares compiled models with the others and is set by its flags alone."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("EPD_", "DYN_"))}
+    # gRPC's own lines on stderr would mix with the server's.
+    return environment | {"PYTHONPATH": str(ROOT), "GRPC_VERBOSITY": "NONE", "XDG_CACHE_HOME": str(shared_cache())}
 
 
 @cache

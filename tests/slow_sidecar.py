@@ -62,16 +62,8 @@ def start(
     directory.mkdir(parents=True, exist_ok=True)
     log = directory / "log"
     command = [sys.executable, __file__, str(fixed_ms), str(patch_ms), "serve", "--artifact", str(artifact)]
-    command += [
-        "--listen",
-        listen,
-        "--threads",
-        "1",
-        "--trial",
-        "never",
-        *(() if "--store" in flags else ("--store", "none")),
-        *flags,
-    ]
+    command += ["--listen", listen, "--threads", "1", "--trial", "never"]
+    command += [*(() if "--store" in flags else ("--store", "none")), *flags]
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("EPD_", "DYN_"))}
     environment |= {"PYTHONPATH": str(ROOT), "GRPC_VERBOSITY": "NONE", "XDG_CACHE_HOME": str(directory)}
     with log.open("wb") as output:

@@ -176,15 +176,15 @@ def test_a_directory_without_a_manifest_is_no_artifact(artifact: Path, refusal: 
     assert "is not a directory" in refusal()
 
 
-@pytest.mark.parametrize(("schema", "advice"), [(2, "update the sidecar"), (0, "export the artifact again")])
+@pytest.mark.parametrize(("schema", "advice"), [(3, "update the sidecar"), (1, "export the artifact again")])
 def test_another_schema_says_what_to_do(artifact: Path, refusal: Refusal, schema: int, advice: str) -> None:
     resealed(artifact, lambda manifest: manifest.update(schema=schema, fingerprint=None, variants="of another shape"))
-    assert f"schema {schema}, this sidecar reads schema 1; {advice}" in refusal()
+    assert f"schema {schema}, this sidecar reads schema 2; {advice}" in refusal()
 
 
 @pytest.mark.parametrize(
     ("manifest", "words"),
-    [(b"", "cannot be read"), (b"[]", "cannot be read"), (b"{}", "lacks 'schema'"), (b'{"schema": 1}', "lacks '")],
+    [(b"", "cannot be read"), (b"[]", "cannot be read"), (b"{}", "lacks 'schema'"), (b'{"schema": 2}', "lacks '")],
 )
 def test_a_manifest_that_says_too_little_is_refused(
     artifact: Path, refusal: Refusal, manifest: bytes, words: str

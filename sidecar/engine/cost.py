@@ -37,6 +37,7 @@ _FORGETTING = 0.97
 _DRIFT_SAMPLES = 8
 _DRIFT_FORGETTING = 0.7
 _DRIFT_JUMP = 2.0
+_LEAST_MS = 1e-3
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,15 +119,18 @@ class CostModel:
         newest = len(self._recent)
         # Warm-up is worth as much as the oldest of the recent samples: it decides where there are no others.
         ages = [newest] * len(self._anchors) + [newest - 1 - index for index in range(newest)]
-        self._curve = fit(samples, [_FORGETTING**age for age in ages], self._attention_share)
+        # A run that was much quicker than the curve says would outweigh all others, since errors are relative to what a run took.
+        trust = [min(1.0, ms / max(ms, _on(self._curve, work), _LEAST_MS)) ** 2 for work, ms in samples]
+        weights = [_FORGETTING**age * part for age, part in zip(ages, trust, strict=True)]
+        self._curve = fit(samples, weights, self._attention_share)
         self._follow()
 
     def _follow(self) -> None:
         """Bring the drift up to the latest run: the weighted geometric mean of measured over expected times."""
         ratios, weights = 0.0, 0.0
         for age, (work, ms) in enumerate(reversed(self._drifting)):
-            if (expected := _on(self._curve, work)) > 0 and ms > 0:
-                ratios += _DRIFT_FORGETTING**age * math.log(ms / expected)
+            if (expected := _on(self._curve, work)) > _LEAST_MS:
+                ratios += _DRIFT_FORGETTING**age * math.log(max(ms, _LEAST_MS) / expected)
                 weights += _DRIFT_FORGETTING**age
         drift = math.exp(ratios / weights) if weights else 1.0
         fixed, per_patch, per_pair = self._curve

@@ -68,7 +68,11 @@ def _lanes(lanes: tuple[LaneStatus, ...]) -> Iterator[Metric]:
         info.add_metric([name], values)
     yield info
     columns: tuple[tuple[str, str, Callable[[LaneStatus], float]], ...] = (
-        ("lane_in_service", "1 while a lane takes work, 0 while its runtime fails.", lambda x: x.state == "serving"),
+        (
+            "lane_in_service",
+            "1 while a lane takes work, 0 while its runtime fails, does not return, or fails its self-test.",
+            lambda x: x.state == "serving",
+        ),
         ("lane_streams", "Runs that a lane may have under way at once.", lambda x: x.streams),
         ("lane_waiting_items", "Items in a lane's queue.", lambda x: x.waiting_items),
         ("lane_waiting_patches", "Patches in a lane's queue.", lambda x: x.waiting_patches),

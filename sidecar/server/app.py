@@ -26,6 +26,7 @@ from sidecar.monitoring.metrics import Metrics
 from sidecar.monitoring.monitor import Monitor
 from sidecar.monitoring.snapshots import LoopSnapshot
 from sidecar.monitoring.tracing import Tracing
+from sidecar.runtimes.base import RuntimeFault
 from sidecar.runtimes.trial import Trials
 from sidecar.server import health
 from sidecar.server.arrivals import Arrivals
@@ -84,7 +85,7 @@ async def serve(settings: Settings) -> bool:
             app.answer(server)
             await server.start()
             unless_it_starts.pop_all()
-        logger.info("ready on %s after %.1f s", ", ".join(addresses), time.perf_counter() - started)
+        app.tell_ready(addresses, time.perf_counter() - started)
         return await app.run(server)
 
 
@@ -165,9 +166,17 @@ class _App:
         return True
 
     def answer(self, server: grpc.aio.Server) -> None:
+        self._health.set_serving(self._service.model.scheduler.in_service)
         self._service.add_to(server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         reflection.enable_server_reflection((SERVICE, health.SERVICE, reflection.SERVICE_NAME), server)
+
+    def tell_ready(self, addresses: list[str], after_s: float) -> None:
+        where = ", ".join(addresses)
+        if self._service.model.scheduler.in_service:
+            logger.info("ready on %s after %.1f s", where, after_s)
+        else:
+            logger.error("listening on %s after %.1f s, but no lane passes its self-test: NOT_SERVING", where, after_s)
 
     async def run(self, server: grpc.aio.Server) -> bool:
         """Until told to stop, and the drain after it."""
@@ -223,7 +232,12 @@ class _App:
             await asyncio.sleep(_LOOK_S)
 
     async def _load_again(self) -> Model:
-        return await asyncio.to_thread(lambda: self._load(open_for(self._settings)))
+        """Raises what loading raises, and RuntimeFault if no lane passes its self-test."""
+        model = await asyncio.to_thread(lambda: self._load(open_for(self._settings)))
+        if not model.scheduler.in_service:
+            await asyncio.to_thread(model.scheduler.close, _LAST_RUN_S)
+            raise RuntimeFault("no lane of it passes its self-test")
+        return model
 
     def _load(self, artifact: Artifact) -> Model:
         settings = self._settings

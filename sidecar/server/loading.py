@@ -167,7 +167,7 @@ def _load_lane(
             manifest.tower,
             batch_patches=settings.batch_patches,
             observer=observer,
-            self_test=SelfTest(runtime, manifest.tower, artifact.references(), variant.reference),
+            self_test=SelfTest(runtime, manifest.tower, artifact.references(), variant.references),
         )
         try:
             lane.warm_up(settings.warm_up_seconds)

@@ -37,19 +37,19 @@ class Deviation:
     Attributes:
         cosine_min: the least cosine between corresponding rows.
         row_error: the largest ‖row − reference row‖ / ‖reference row‖.
-        gain_error: |⟨rows, reference⟩ / ⟨reference, reference⟩ − 1|. Rounding errors of thousands of values cancel out in it, so
-            that it shows a wrong scale of one percent under the noise of bfloat16 or int8.
+        gain: ⟨rows, reference⟩ / ⟨reference, reference⟩. Rounding errors of thousands of values cancel out in it, so that it
+            shows a wrong scale of one percent under the noise of bfloat16 or int8.
     """
 
     cosine_min: float
     row_error: float
-    gain_error: float
+    gain: float
 
     @classmethod
     def between(cls, rows: Rows, reference: Rows) -> Self:
         """Compare two arrays of shape (tokens, width). Rows that are not finite are infinitely far from any reference."""
         if not np.isfinite(rows).all():
-            return cls(cosine_min=-1.0, row_error=float("inf"), gain_error=float("inf"))
+            return cls(cosine_min=-1.0, row_error=float("inf"), gain=0.0)
         left, right = rows.astype(np.float64), reference.astype(np.float64)
         products = (left * right).sum(1)
         left_norm, right_norm = np.linalg.norm(left, axis=1), np.linalg.norm(right, axis=1)
@@ -57,13 +57,5 @@ class Deviation:
         return cls(
             cosine_min=float((products / np.maximum(left_norm * right_norm, tiny)).min()),
             row_error=float((np.linalg.norm(left - right, axis=1) / np.maximum(right_norm, tiny)).max()),
-            gain_error=float(abs(products.sum() / max(np.square(right_norm).sum(), tiny) - 1.0)),
-        )
-
-    def worst(self, other: Deviation) -> Deviation:
-        """The larger distance of the two, figure by figure."""
-        return Deviation(
-            cosine_min=min(self.cosine_min, other.cosine_min),
-            row_error=max(self.row_error, other.row_error),
-            gain_error=max(self.gain_error, other.gain_error),
+            gain=float(products.sum() / max(np.square(right_norm).sum(), tiny)),
         )

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sidecar.engine.cost import NOTHING, CostModel, Work, fit
+from sidecar.engine.cost import NOTHING, CostModel, Work, attention_share, fit
 from sidecar.vision.grid import Grid
+from sidecar.vision.spec import TowerSpec
 
 # Milliseconds: a run, a patch, a million pairs; like those of a large tower on a CPU, a small one, and a GPU.
 CURVES = [(12.0, 0.4, 30.0), (1.0, 0.02, 0.1), (5.0, 0.01, 0.3), (0.0, 0.4, 0.0), (20.0, 0.0, 0.0), (3.0, 0.0, 8.0)]
@@ -139,3 +140,43 @@ def test_a_heavier_sample_counts_for_more() -> None:
     for weights, ms in (([1.0, 0.0], 10.0), ([0.0, 1.0], 20.0)):
         fixed, per_patch, per_pair = fit(samples, weights)
         assert fixed + per_patch * 100 + per_pair * 1e4 == pytest.approx(ms)
+
+
+LARGE = TowerSpec(depth=32, hidden_size=1280, num_heads=16, intermediate_size=3420, out_hidden_size=2048)
+
+
+def test_a_pair_costs_what_the_networks_arithmetic_gives_it() -> None:
+    """Of the 3B tower: 20480 operations a pair against 1.291e9 a patch (docs/performance.md)."""
+    assert attention_share(LARGE) == pytest.approx(20480 / 1.291e9, rel=0.01)
+
+
+@pytest.mark.parametrize("anchored", [True, False])
+def test_a_size_that_was_never_run_is_not_taken_for_cheap(anchored: bool) -> None:
+    """Small items show nothing of the quadratic part: 65,536 patches in one frame take more than twice what a line says."""
+    share = attention_share(LARGE)
+    rng = np.random.default_rng(2)
+    model = CostModel(share)
+    for side in (8, 12, 16, 32, 64) if anchored else ():
+        model.anchor(work := Work.of([Grid(1, side, side)]), true_ms((1.0, 1.4, 1.4e6 * share), work))
+    for _ in range(100):
+        model.learn(work := Work.of([Grid(1, 16, 16)]), noisy(true_ms((1.0, 1.4, 1.4e6 * share), work), rng))
+    huge = Work.of([Grid(1, 256, 256)])
+    assert model.ms(huge) == pytest.approx(true_ms((1.0, 1.4, 1.4e6 * share), huge), rel=0.25)
+
+
+def test_a_slow_warm_up_is_corrected_by_the_first_run() -> None:
+    model = CostModel(attention_share(LARGE))
+    for side in (8, 12, 16):
+        model.anchor(Work.of([Grid(1, side, side)]), 2000.0)
+    model.learn(work := Work.of([Grid(1, 16, 16)]), 50.0)
+    assert model.ms(work) == pytest.approx(50.0, rel=0.05)
+
+
+@pytest.mark.parametrize("factor", [0.1, 0.4, 2.5, 4.0])
+def test_a_wrong_prediction_is_corrected_by_the_next_run(factor: float) -> None:
+    model = CostModel()
+    for work in SIZES * 6:
+        model.learn(work, true_ms(CURVES[0], work))
+    model.learn(SIZES[3], factor * true_ms(CURVES[0], SIZES[3]))
+    for work in SIZES:
+        assert model.ms(work) == pytest.approx(factor * true_ms(CURVES[0], work), rel=0.1)

@@ -17,6 +17,7 @@ from lanes import TOWER, FakeRuntime, draft, encode, entered, item, run
 from sidecar.engine.cost import Work
 from sidecar.engine.lane import Lane
 from sidecar.engine.ticket import LaneOut, Ran
+from sidecar.engine.watchdog import STEP_S, Run, Watchdog
 from sidecar.errors import CannotFinish, LaneFault, ShuttingDown, fault_of
 from sidecar.runtimes.base import RuntimeFault
 from sidecar.vision.dtypes import Array, DType
@@ -449,3 +450,134 @@ def test_warming_up_measures_small_sizes_always_and_larger_ones_while_time_lasts
     with pytest.raises(RuntimeFault):
         broken.warm_up(budget_s=0)
     assert hasty.close(10) and patient.close(10) and broken.close(10)
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs are stuck after a moment."""
+    monkeypatch.setattr("sidecar.engine.watchdog.STUCK_S", 0.2)
+    monkeypatch.setattr("sidecar.engine.watchdog.STEP_S", 0.02)
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_run_that_does_not_return_takes_the_lane_out_until_it_does(make_lane: MakeLane) -> None:
+    runtime = FakeRuntime()
+    lane = make_lane(runtime)
+
+    async def ask() -> None:
+        runtime.gate.clear()
+        stuck = asyncio.create_task(encode(lane, item(1)))
+        await entered(runtime)
+        waiting = asyncio.create_task(encode(lane, item(2)))
+        with pytest.raises(LaneOut) as ran:
+            await stuck
+        with pytest.raises(LaneOut) as never_ran:
+            await waiting
+        assert ran.value.running and not never_ran.value.running
+        status = lane.status()
+        assert (status.state, status.failures, status.running_items, status.waiting_items) == ("out", 1, 0, 0)
+        assert "a run of 1 items has not returned" in status.last_error
+        # The thread cannot be ended, and does not keep the process from ending.
+        runtime.gate.set()
+        while lane.out_for_s:
+            await asyncio.sleep(0.01)
+        assert int((await encode(lane, item(3))).rows[0, 0]) == 3
+        while lane.status().running_items:  # the lane's thread may still be counting
+            await asyncio.sleep(0.01)
+
+    run(ask())
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_stuck_run_does_not_keep_the_lane_from_closing(make_lane: MakeLane) -> None:
+    runtime = FakeRuntime()
+    lane = make_lane(runtime)
+
+    async def ask() -> None:
+        runtime.gate.clear()
+        with pytest.raises(LaneOut):
+            await encode(lane, item(1))
+        assert await asyncio.to_thread(lane.close) is False  # without a limit of time
+        runtime.gate.set()
+
+    run(ask())
+
+
+def test_time_in_which_the_process_was_stopped_finds_no_run_guilty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SIGSTOP, or a laptop's lid: the clock goes on, and the watchdog makes one step."""
+    found: list[object] = []
+    watchdog = Watchdog("lane", found.append)
+    watchdog.stop()
+    watchdog.begin(Run.of([], predicted_ms=1e3))
+    with monkeypatch.context() as later:
+        later.setattr(time, "monotonic", lambda: 1e9)
+        assert watchdog._step() == []
+    steps = 0
+    while not watchdog._step():
+        steps += 1
+    assert steps * STEP_S == pytest.approx(10.0, abs=2 * STEP_S)  # ten times what was predicted
+    assert watchdog.is_stuck(threading.current_thread()) and watchdog.end()
+
+
+def test_an_item_that_finds_the_lane_idle_runs_whatever_the_lane_believes(make_lane: MakeLane) -> None:
+    lane = make_lane(FakeRuntime())
+    lane.cost.anchor(Work(4, 0.0), 60_000.0)
+
+    async def ask() -> None:
+        assert (await encode(lane, item(1), deadline=time.monotonic() + 10)).rows[0, 0] == 1
+        assert lane.cost.ms(Work(4, 0.0)) < 1000  # it has learned
+        with pytest.raises(CannotFinish):
+            await encode(lane, item(2), deadline=time.monotonic() - 1)
+
+    run(ask())
+
+
+def test_an_idle_lane_tests_itself_and_learns(make_lane: MakeLane, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sidecar.engine.lane._IDLE_TEST_S", 0.05)
+    wrong = threading.Event()
+
+    def fail(_: int) -> None:
+        if wrong.is_set():
+            raise RuntimeFault("the device is lost")
+
+    lane = make_lane(FakeRuntime(fail))
+    lane.cost.anchor(Work(4, 0.0), 60_000.0)
+    ends = time.monotonic() + 10
+    while lane.cost.ms(Work(4, 0.0)) > 1000:
+        assert time.monotonic() < ends
+        time.sleep(0.01)
+    wrong.set()
+    while not lane.out_for_s:
+        assert time.monotonic() < ends
+        time.sleep(0.01)
+    wrong.clear()
+    while lane.out_for_s:
+        assert time.monotonic() < ends
+        time.sleep(0.01)
+
+
+def test_an_item_that_gives_values_that_are_not_finite_costs_its_neighbours_nothing(make_lane: MakeLane) -> None:
+    runtime = FakeRuntime()
+    whole = runtime.run
+
+    def spoil(patches: np.ndarray, grids: list[object], out: np.ndarray) -> None:
+        whole(patches, grids, out)  # type: ignore[arg-type]
+        out[out == 13] = math.nan
+
+    runtime.run = spoil  # type: ignore[method-assign, assignment]
+    lane = make_lane(runtime, batch_patches=1000)
+    expensive_start(lane)
+
+    async def ask() -> None:
+        runtime.gate.clear()
+        tasks = [asyncio.create_task(encode(lane, item(1)))]
+        await entered(runtime)
+        tasks += [asyncio.create_task(encode(lane, item(value))) for value in (2, 13, 3)]
+        await asyncio.sleep(0)
+        runtime.gate.set()
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        assert [type(result) for result in results] == [Ran, Ran, LaneFault, Ran]
+
+    run(ask())
+    assert lane.status().failures == 2  # in the run that they shared, and alone
+    assert lane.status().state == "serving"

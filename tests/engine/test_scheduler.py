@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import threading
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
@@ -195,6 +196,41 @@ def test_a_deadline_that_cannot_be_met_is_refused_at_the_door(make_scheduler: Ma
 
     run(ask())
     assert sorted(runtime.ran) == [2, 4]
+
+
+def test_an_idle_scheduler_admits_whatever_it_believes(make_scheduler: MakeScheduler) -> None:
+    """Else a belief that is wrong would refuse for ever: nothing runs that could correct it."""
+    scheduler = make_scheduler(FakeRuntime())
+
+    async def ask() -> None:
+        for number in range(3):
+            assert value_of(await scheduler.encode(order(number + 1, 4000, deadline_s=2.0))) == number + 1
+            await settled(scheduler)
+        with pytest.raises(CannotFinish):
+            await scheduler.encode(order(9, 4, deadline_s=-1.0))
+
+    run(ask())
+
+
+def test_an_item_that_was_running_on_two_lanes_when_they_failed_goes_no_further(
+    make_scheduler: MakeScheduler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sidecar.engine.watchdog.STUCK_S", 0.1)
+    monkeypatch.setattr("sidecar.engine.watchdog.STEP_S", 0.02)
+    release = threading.Event()
+    runtimes = [FakeRuntime(lambda value: value == 13 and release.wait(20)) for _ in range(3)]
+    scheduler = make_scheduler(*runtimes)
+    for lane in scheduler.lanes:
+        lane.cost.learn(Work(4, 0.0), 1.0)
+
+    async def ask() -> None:
+        with pytest.raises(LaneFault, match="several lanes"):
+            await scheduler.encode(order(13))
+        assert sorted(lane.state for lane in scheduler.status().lanes) == ["out", "out", "serving"]
+        assert value_of(await scheduler.encode(order(1))) == 1
+        release.set()
+
+    run(ask())
 
 
 def test_a_client_that_floods_does_not_keep_another_waiting(make_scheduler: MakeScheduler) -> None:
