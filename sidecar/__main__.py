@@ -49,6 +49,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(arguments: list[str]) -> int:
+    if arguments[:1] == ["serve"]:
+        _handle_early_signals()
     parser = argparse.ArgumentParser(prog="python -m sidecar", description=__doc__, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=__version__)
     subparsers = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
@@ -59,6 +61,17 @@ def _run(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     code: int = options.run(options)
     return code
+
+
+def _handle_early_signals() -> None:
+    """Set what signals do until the server has its own handlers; its imports alone take tenths of a second.
+
+    SIGHUP, which asks a server to reload, would end the process, and SIGTERM would be lost where the process is a container's
+    first. Nothing has been started yet, so there is nothing to tidy up, and an exception would surface inside an import.
+    """
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: os._exit(0))
 
 
 def _write_nothing_more() -> None:

@@ -169,7 +169,7 @@ class Lane:
             self._go_out(str(error))
 
     def close(self, timeout_s: float | None = None) -> bool:
-        """Take no more, finish what is queued, and end the threads; one that is stuck is left to itself.
+        """Take no more, finish what is queued, and end the threads. Without a limit of time, one that is stuck is left to itself.
 
         Returns:
             Whether all of them ended within `timeout_s`.
@@ -179,9 +179,9 @@ class Lane:
             self._changed.notify_all()
         until = math.inf if timeout_s is None else time.monotonic() + timeout_s
         for thread in self._threads:
-            while (
-                thread.is_alive() and not self._watchdog.is_stuck(thread) and (left_s := until - time.monotonic()) > 0
-            ):
+            while thread.is_alive() and (left_s := until - time.monotonic()) > 0:
+                if timeout_s is None and self._watchdog.is_stuck(thread):
+                    break
                 thread.join(min(left_s, STEP_S))
         if not any(thread.is_alive() and not self._watchdog.is_stuck(thread) for thread in self._threads):
             self._watchdog.stop()
