@@ -136,7 +136,11 @@ class EncoderClient:
         yield from self._exchange(self._stub.Encode, request, items, hold, timeout_s)
 
     def fetch(self, keys: Sequence[str], timeout_s: float | None = None, *, hold: bool = False) -> list[Result]:
-        """Embeddings that the server's store has; NOT_FOUND for each that it does not. As `encode`."""
+        """Embeddings that the server's store has; NOT_FOUND for each that it does not. As `encode`.
+
+        A key stands for the content that it was last sent with. The name of a stored embedding's directory may be given as well,
+        and stands for one content for good.
+        """
         items = [Item(key=key) for key in keys]
         request = encoder_pb2.FetchRequest(keys=keys, delivery=self._delivery)
         results = dict(self._exchange(self._stub.Fetch, request, items, hold, timeout_s))

@@ -28,8 +28,8 @@ WIRE_DTYPES = {
 def image_item(data: bytes, *, key: str = "", min_pixels: int | None = None, max_pixels: int | None = None) -> Item:
     """An encoded picture: JPEG, PNG, WEBP, … as read from a file.
 
-    `key`, here and below, is the caller's name for the content (vLLM's mm_hash or uuid); without one the server derives
-    it. `min_pixels` and `max_pixels` bound the area after resizing; None leaves the model's own.
+    `key`, here and below, is the caller's name for the content (vLLM's mm_hash or uuid), by which it can be fetched; without one
+    the server derives it. The answer is of this content, whatever the key has named before. `min_pixels` and `max_pixels` bound the area after resizing; None leaves the model's own.
 
     Raises:
         ValueError: if there are no bytes, or a bound is below 1.
