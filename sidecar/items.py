@@ -29,7 +29,8 @@ def image_item(data: bytes, *, key: str = "", min_pixels: int | None = None, max
     """An encoded picture: JPEG, PNG, WEBP, … as read from a file.
 
     `key`, here and below, is the caller's name for the content (vLLM's mm_hash or uuid), by which it can be fetched; without one
-    the server derives it. The answer is of this content, whatever the key has named before. `min_pixels` and `max_pixels` bound the area after resizing; None leaves the model's own.
+    the server derives it. The answer is of this content, whatever the key has named before. `min_pixels` and
+    `max_pixels` bound the area after resizing; None leaves the model's own.
 
     Raises:
         ValueError: if there are no bytes, or a bound is below 1.
