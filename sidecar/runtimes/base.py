@@ -76,6 +76,17 @@ class Runtime(ABC):
             RuntimeFault: if the runtime failed.
         """
 
+    def release_memory(self) -> bool:
+        """Give back memory that is held of runs of a size that no longer comes. May be called at any time, from any thread.
+
+        Returns:
+            Whether there was any.
+
+        Raises:
+            RuntimeFault: if the runtime failed.
+        """
+        return False
+
     def encode(self, patches: Array, grids: Sequence[Grid], tower: TowerSpec) -> Array:
         """`run` into a new array."""
         tokens = sum(grid.tokens(tower) for grid in grids)

@@ -12,6 +12,7 @@ import openvino as ov
 
 from sidecar.runtimes import CACHED_PRIMITIVES
 from sidecar.runtimes.base import Load, Runtime, RuntimeFault
+from sidecar.runtimes.held import RELEASE_WAIT_S, Held, release
 from sidecar.vision.dtypes import Array, DType
 from sidecar.vision.grid import Grid
 from sidecar.vision.windows import plan_windows
@@ -42,6 +43,7 @@ class OpenVinoRuntime(Runtime):
         self.precision = load.precision
         self.output_dtype = load.output_dtype
         self._tower = load.tower
+        self._held = Held()
         core = ov.Core()
         if load.cache_dir is not None:
             core.set_property({"CACHE_DIR": str(load.cache_dir)})
@@ -50,32 +52,59 @@ class OpenVinoRuntime(Runtime):
             steps = ov.preprocess.PrePostProcessor(model)
             steps.output().tensor().set_element_type(OUTPUT_TYPE[load.output_dtype])
             compiled = core.compile_model(steps.build(), openvino_device(load.device), compile_options(load))
+            self._compiled = compiled
             self.streams = load.streams
             self._requests: queue.SimpleQueue[ov.InferRequest] = queue.SimpleQueue()
             for _ in range(self.streams):
                 self._requests.put(compiled.create_infer_request())
             self.device = describe_device(core, compiled, load.precision)
+            # Which of several streams a run is given to, nobody outside can say; and GPUs have no such thing.
+            self._releases = self.streams == 1 and openvino_device(load.device) == "CPU"
         except (RuntimeError, KeyError) as error:
             raise RuntimeFault(f"OpenVINO could not load {load.graph.name} on {load.device}: {error}") from error
         self._inputs = [port.any_name for port in compiled.inputs]
 
     def run(self, patches: Array, grids: Sequence[Grid], out: Array) -> None:
+        request = self._requests.get()
+        try:
+            self._infer(request, patches, grids, out)
+            self._held.ran(len(patches))
+        except RuntimeError as error:
+            raise RuntimeFault(f"OpenVINO failed on a run of {len(patches)} patches: {error}") from error
+        finally:
+            self._requests.put(request)
+
+    def release_memory(self) -> bool:
+        if not (self._releases and self._held.due):
+            return False
+        try:
+            request = self._requests.get(timeout=RELEASE_WAIT_S)
+        except queue.Empty:
+            return False
+        try:
+            release([self._compiled], self._tower, lambda grid: self._small_run(request, grid))
+            self._held.released()
+        except RuntimeError as error:
+            raise RuntimeFault(f"OpenVINO failed to give memory back: {error}") from error
+        finally:
+            self._requests.put(request)
+        return True
+
+    def _small_run(self, request: ov.InferRequest, grid: Grid) -> None:
+        out = np.empty((grid.tokens(self._tower), self._tower.out_hidden_size), self.output_dtype.storage)
+        self._infer(request, np.zeros((grid.patches, self._tower.patch_width), np.uint8), [grid], out)
+
+    def _infer(self, request: ov.InferRequest, patches: Array, grids: Sequence[Grid], out: Array) -> None:
         plan = plan_windows(grids, self._tower)
         pixels = patches[plan.patch_order].astype(np.float32, copy=False)
         # The request uses the arrays' memory without keeping it alive; this dict does, until the run is over.
         arrays: dict[str, Array] = {
             name: np.ascontiguousarray(array) for name, array in {"patches": pixels, **plan.tower_inputs}.items()
         }
-        request = self._requests.get()
-        try:
-            for name in self._inputs:
-                request.set_tensor(name, ov.Tensor(arrays[name], shared_memory=True))
-            request.set_output_tensor(shared_output(out, self.output_dtype))
-            request.infer()
-        except RuntimeError as error:
-            raise RuntimeFault(f"OpenVINO failed on a run of {len(patches)} patches: {error}") from error
-        finally:
-            self._requests.put(request)
+        for name in self._inputs:
+            request.set_tensor(name, ov.Tensor(arrays[name], shared_memory=True))
+        request.set_output_tensor(shared_output(out, self.output_dtype))
+        request.infer()
 
 
 def shared_output(out: Array, dtype: DType) -> ov.Tensor:

@@ -10,6 +10,7 @@ is on purpose computed apart from `vision/windows.py`: a reference that shared i
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 
 import numpy as np
@@ -17,6 +18,7 @@ import numpy.typing as npt
 import openvino as ov
 
 from sidecar.runtimes.base import Load, Runtime, RuntimeFault
+from sidecar.runtimes.held import RELEASE_WAIT_S, Held, release
 from sidecar.runtimes.openvino import OUTPUT_TYPE, compile_options, describe_device, openvino_device, shared_output
 from sidecar.runtimes.optimum_pair import EMBEDDINGS, MERGER
 from sidecar.vision.dtypes import Array
@@ -43,6 +45,9 @@ class OptimumRuntime(Runtime):
         self.precision = load.precision
         self.output_dtype = load.output_dtype
         self._tower = load.tower
+        self._held = Held()
+        self._running = threading.Lock()
+        self._releases = openvino_device(load.device) == "CPU"
         self._scale, self._shift = normalisation(load.pixels, load.tower)
         core = ov.Core()
         if load.cache_dir is not None:
@@ -54,8 +59,8 @@ class OptimumRuntime(Runtime):
             steps = ov.preprocess.PrePostProcessor(merger)
             steps.output().tensor().set_element_type(OUTPUT_TYPE[load.output_dtype])
             compiled = core.compile_model(steps.build(), device, options)
-            self._embed = core.compile_model(embeddings, device, options).create_infer_request()
-            self._merge = compiled.create_infer_request()
+            self._compiled = (core.compile_model(embeddings, device, options), compiled)
+            self._embed, self._merge = (model.create_infer_request() for model in self._compiled)
         except (RuntimeError, KeyError) as error:
             if isinstance(error, RuntimeFault):
                 raise
@@ -67,23 +72,41 @@ class OptimumRuntime(Runtime):
         start = row = 0
         for grid in grids:
             end, last_row = start + grid.check(self._tower).patches, row + grid.tokens(self._tower)
-            self._run_item(patches[start:end], grid, out[row:last_row])
+            try:
+                with self._running:
+                    self._run_item(patches[start:end], grid, out[row:last_row])
+            except (RuntimeError, MemoryError) as error:
+                raise RuntimeFault(f"OpenVINO failed on an item of {end - start} patches: {error}") from error
+            self._held.ran(end - start)
             start, row = end, last_row
 
-    def _run_item(self, patches: Array, grid: Grid, out: Array) -> None:
+    def release_memory(self) -> bool:
+        if not (self._releases and self._held.due and self._running.acquire(timeout=RELEASE_WAIT_S)):
+            return False
         try:
-            pixel_values = patches.astype(np.float32) * self._scale + self._shift
-            self._embed.set_input_tensor(ov.Tensor(pixel_values, shared_memory=True))
-            self._embed.infer()
-            self._merge.set_tensor(_HIDDEN, self._embed.get_output_tensor())
-            # Named, because the request reads this memory without holding on to it.
-            arrays = merger_inputs(grid, self._tower)
-            for name, array in arrays.items():
-                self._merge.set_tensor(name, ov.Tensor(array, shared_memory=True))
-            self._merge.set_output_tensor(shared_output(out, self.output_dtype))
-            self._merge.infer()
-        except (RuntimeError, MemoryError) as error:
-            raise RuntimeFault(f"OpenVINO failed on an item of {len(patches)} patches: {error}") from error
+            release(self._compiled, self._tower, self._small_run)
+            self._held.released()
+        except RuntimeError as error:
+            raise RuntimeFault(f"OpenVINO failed to give memory back: {error}") from error
+        finally:
+            self._running.release()
+        return True
+
+    def _small_run(self, grid: Grid) -> None:
+        out = np.empty((grid.tokens(self._tower), self._tower.out_hidden_size), self.output_dtype.storage)
+        self._run_item(np.zeros((grid.patches, self._tower.patch_width), np.uint8), grid, out)
+
+    def _run_item(self, patches: Array, grid: Grid, out: Array) -> None:
+        pixel_values = patches.astype(np.float32) * self._scale + self._shift
+        self._embed.set_input_tensor(ov.Tensor(pixel_values, shared_memory=True))
+        self._embed.infer()
+        self._merge.set_tensor(_HIDDEN, self._embed.get_output_tensor())
+        # Named, because the request reads this memory without holding on to it.
+        arrays = merger_inputs(grid, self._tower)
+        for name, array in arrays.items():
+            self._merge.set_tensor(name, ov.Tensor(array, shared_memory=True))
+        self._merge.set_output_tensor(shared_output(out, self.output_dtype))
+        self._merge.infer()
 
 
 def normalisation(pixels: PixelSpec, tower: TowerSpec) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:

@@ -193,7 +193,7 @@ class _App:
         if self._reload_asked:
             self._reloader.ask()
         async with _background(
-            self._reloader.run(), self._watch_lanes(), self._receiver.watch(), self._metrics.watch_loop(), _trim()
+            self._reloader.run(), self._watch_lanes(), self._receiver.watch(), self._metrics.watch_loop(), self._trim()
         ):
             await self._stop.wait()
         if self._trials:  # a reload is in vain, and its compiler would take the processor from what is drained
@@ -216,6 +216,17 @@ class _App:
             "stopped" if drained else "stopped with a run still going on; its callers were told to go elsewhere"
         )
         return drained
+
+    async def _trim(self) -> None:
+        """Give memory back that runtimes hold of large runs, and what was freed and not returned."""
+        while True:
+            await asyncio.sleep(_TRIM_S)
+            for lane in self._service.model.scheduler.lanes:
+                try:
+                    await asyncio.to_thread(lane.runtime.release_memory)
+                except RuntimeFault as error:
+                    logger.warning("%s: %s", lane.identity.name, error)
+            await asyncio.to_thread(return_freed_memory)
 
     async def _finished(self) -> None:
         """Return once everything accepted is answered and no lease is held: a lease's holder has yet to map the file."""
@@ -313,12 +324,6 @@ def _warn_of_plaintext(settings: Settings, *, encrypted: bool) -> None:
         "only callers of yours reach it (a network policy, a mesh, --listen with a loopback address)",
         ", ".join(reachable),
     )
-
-
-async def _trim() -> None:
-    while True:
-        await asyncio.sleep(_TRIM_S)
-        await asyncio.to_thread(return_freed_memory)
 
 
 @asynccontextmanager

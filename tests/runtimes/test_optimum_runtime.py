@@ -23,6 +23,7 @@ from transformers.vision_utils import get_vision_window_index
 
 from sidecar.adopted import adopt_optimum, is_optimum_directory, read_ir
 from sidecar.artifact import Artifact, ArtifactError
+from sidecar.runtimes import held
 from sidecar.runtimes.base import Load, Runtime, RuntimeFault
 from sidecar.runtimes.loading import load_runtime
 from sidecar.runtimes.optimum import merger_inputs, window_order
@@ -206,6 +207,19 @@ def test_several_items_at_once_are_embedded_as_float32_torch_does(made: Path, to
 
 def test_it_says_where_it_runs(made: Path) -> None:
     assert load(adopt_optimum(made)).device.startswith("CPU (")
+
+
+def test_memory_is_given_back_and_results_stay(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(held, "_AFTER_S", 0.0)
+    monkeypatch.setattr(held, "_LEAST_PATCHES", 1)
+    runtime = load(adopt_optimum(made), precision="f32")
+    patches = np.random.default_rng(0).integers(
+        0, 256, (sum(grid.patches for grid in GRIDS), TOWER.patch_width), np.uint8
+    )
+    before = runtime.encode(patches, GRIDS, TOWER)
+    for _ in range(3):
+        assert runtime.release_memory() and not runtime.release_memory()
+        np.testing.assert_array_equal(runtime.encode(patches, GRIDS, TOWER), before)
 
 
 def test_graphs_of_another_model_are_refused(directory: Path, tower: Tower) -> None:
