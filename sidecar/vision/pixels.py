@@ -9,6 +9,7 @@ The reference is transformers' Qwen2VLImageProcessorPil with do_rescale and do_n
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,13 +86,14 @@ def video_grid(
 
 
 def image_patches(
-    rgb: Bytes,
+    rgb: Bytes | Image.Image,
     tower: TowerSpec,
     pixels: PixelSpec,
     min_pixels: int | None = None,
     max_pixels: int | None = None,
 ) -> Patches:
-    """Resize one image, uint8 of shape (height, width, 3), and cut it up; all temporal slices of a patch are equal.
+    """Resize one image, uint8 of shape (height, width, 3) or Pillow's in mode RGB, and cut it up; all temporal slices of a patch
+    are equal.
 
     `min_pixels` and `max_pixels` replace the bounds in `pixels` for this call. As in transformers, an area over the
     upper bound is shrunk without regard to the lower. Large bounds are costly: whoever takes them from strangers asks
@@ -102,9 +104,12 @@ def image_patches(
             runs out.
         GridError: if the image has no area or an aspect ratio over 200.
     """
-    _check_rgb("an image", rgb, ("height", "width"), tower)
-    height, width, _ = rgb.shape
-    return _cut(rgb[None], image_grid(height, width, tower, pixels, min_pixels, max_pixels), tower)
+    if isinstance(rgb, Image.Image):
+        width, height = rgb.size
+    else:
+        _check_rgb("an image", rgb, ("height", "width"), tower)
+        height, width, _ = rgb.shape
+    return _cut([rgb], image_grid(height, width, tower, pixels, min_pixels, max_pixels), tower)
 
 
 def video_patches(
@@ -201,7 +206,7 @@ def _check_rgb(what: str, pixels: npt.NDArray[Any], axes: tuple[str, ...], tower
         raise PixelError(f"{what} needs at least one frame, got none")
 
 
-def _cut(frames: Bytes, grid: Grid, tower: TowerSpec) -> Patches:
+def _cut(frames: Sequence[Bytes | Image.Image] | Bytes, grid: Grid, tower: TowerSpec) -> Patches:
     """Resize frames (frames, H, W, C) to the grid's size and write each once, to where its patches belong."""
     merge, patch, slices = tower.spatial_merge_size, tower.patch_size, tower.temporal_patch_size
     blocks = (grid.h // merge, grid.w // merge)
@@ -212,8 +217,8 @@ def _cut(frames: Bytes, grid: Grid, tower: TowerSpec) -> Patches:
             first = index % slices
             # The last frame also fills the slices that are left; an image is a video of one frame.
             beyond = slices if index == len(frames) - 1 else first + 1
-            frame = _resized(frame, grid.h * patch, grid.w * patch)
-            cut = frame.reshape(blocks[0], merge, patch, blocks[1], merge, patch, tower.in_channels)
+            resized = _resized(frame, grid.h * patch, grid.w * patch)
+            cut = resized.reshape(blocks[0], merge, patch, blocks[1], merge, patch, tower.in_channels)
             cut = cut.transpose(0, 3, 1, 4, 6, 2, 5)
             places[index // slices, ..., first:beyond, :, :] = cut[..., None, :, :]
     except MemoryError as error:
@@ -221,10 +226,12 @@ def _cut(frames: Bytes, grid: Grid, tower: TowerSpec) -> Patches:
     return Patches(values, grid)
 
 
-def _resized(rgb: Bytes, height: int, width: int) -> Bytes:
-    if rgb.shape[:2] == (height, width):
-        return rgb
-    return np.asarray(Image.fromarray(rgb).resize((width, height), Image.Resampling.BICUBIC))
+def _resized(rgb: Bytes | Image.Image, height: int, width: int) -> Bytes:
+    if isinstance(rgb, np.ndarray):
+        if rgb.shape[:2] == (height, width):
+            return rgb
+        rgb = Image.fromarray(rgb)
+    return np.asarray(rgb.resize((width, height), Image.Resampling.BICUBIC))
 
 
 def _denormalised(values: npt.NDArray[Any], tower: TowerSpec, pixels: PixelSpec) -> Bytes | Floats:
