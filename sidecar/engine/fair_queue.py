@@ -54,11 +54,15 @@ class FairQueue(Generic[T]):
         entry.cost += cost
         self._length += 1
 
-    def pop(self, fits: Callable[[T], bool] = lambda item: True) -> T | None:
-        """The item whose turn it is; None if there is none, or `fits` refuses it: it then keeps its place."""
-        if not self._clients:
+    def pop(
+        self, fits: Callable[[T], bool] = lambda item: True, passed: Callable[[T], bool] = lambda item: False
+    ) -> T | None:
+        """The item whose turn it is; None if there is none, or `fits` refuses it: it then keeps its place. `passed` says which
+        items those of other clients may pass for now."""
+        ready = [pair for pair in self._clients.items() if not passed(pair[1].waiting[0][0])]
+        if not ready:
             return None
-        name, client = min(self._clients.items(), key=lambda pair: (pair[1].clock, pair[1].order))
+        name, client = min(ready, key=lambda pair: (pair[1].clock, pair[1].order))
         item, cost = client.waiting[0]
         if not fits(item):
             return None

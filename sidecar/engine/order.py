@@ -24,11 +24,13 @@ class Opened:
     """An item whose size is known. `prepare` decodes, resizes and cuts it; it runs on a preprocessing thread.
 
     `decoded_pixels`: of an encoded picture, which may be far more than its grid holds.
+    `memory_bytes`: about what preparing it holds at its peak.
     """
 
     grid: Grid
     prepare: Callable[[], Prepared]
     decoded_pixels: int = 0
+    memory_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

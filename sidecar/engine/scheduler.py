@@ -13,11 +13,13 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import Executor
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 from sidecar.engine.cost import Work
 from sidecar.engine.lane import Lane
 from sidecar.engine.lanes import Lanes
+from sidecar.engine.memory import Memory
 from sidecar.engine.observer import Observer, StageTimes
 from sidecar.engine.order import Opened, Order, Prepared
 from sidecar.engine.status import EngineStatus, LaneIdentity
@@ -88,12 +90,13 @@ class Scheduler:
         preprocess_threads: int,
         limits: Limits,
         observer: Observer | None = None,
+        memory: Memory | None = None,
     ) -> None:
         self.lanes = tuple(lanes)
         self.fingerprint = fingerprint
         self.store = store
         self._lanes = Lanes(self.lanes)
-        self._turns = Turns(self._lanes, preprocess_threads)
+        self._turns = Turns(self._lanes, preprocess_threads, memory)
         self._tower = tower
         self._preprocessing = preprocessing
         self._limits = limits
@@ -222,10 +225,11 @@ class Scheduler:
         self._admit(job, work)
         self._misses += 1
         self._observer.miss()
-        job.turn = Turn(job.client, work, work.patches + opened.decoded_pixels // _DECODED_PIXELS_A_PATCH)
+        share = work.patches + opened.decoded_pixels // _DECODED_PIXELS_A_PATCH
+        job.turn = Turn(job.client, work, share, opened.memory_bytes)
         async with self._turns.wait(job.turn):
             turn_ms = (time.monotonic() - arrived) * 1e3
-            prepared, waited_ms = await self._prepare(opened)
+            prepared, waited_ms = await self._prepare(job.turn, opened)
             lane, ran = await self._run(job, job.turn, prepared)
         times = StageTimes(
             decode_ms=prepared.decode_ms,
@@ -258,13 +262,20 @@ class Scheduler:
                 f"this item would take about {needed_s:.2f} s from now, and its deadline is in {max(0.0, left_s):.2f} s"
             )
 
-    async def _prepare(self, opened: Opened) -> tuple[Prepared, float]:
+    async def _prepare(self, turn: Turn, opened: Opened) -> tuple[Prepared, float]:
         """On a preprocessing thread; also returns the milliseconds that it waited for one."""
         asked = time.monotonic()
-        try:
-            prepared = await asyncio.get_running_loop().run_in_executor(self._preprocessing, opened.prepare)
-        finally:
-            self._turns.prepared()
+        loop = asyncio.get_running_loop()
+
+        def done(_: object) -> None:
+            with suppress(RuntimeError):  # the loop is closed
+                loop.call_soon_threadsafe(self._turns.prepared, turn)
+
+        preparing = self._preprocessing.submit(opened.prepare)
+        # By the thread, which goes on, and holds its memory, where the caller leaves.
+        preparing.add_done_callback(done)
+        prepared = await asyncio.wrap_future(preparing)
+        self._turns.keep(turn, prepared.patches.values.nbytes)
         waited_ms = (time.monotonic() - asked) * 1e3 - prepared.decode_ms - prepared.preprocess_ms
         return prepared, max(0.0, waited_ms)
 

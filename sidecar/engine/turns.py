@@ -18,6 +18,10 @@ from sidecar.engine.cost import NOTHING, Work
 from sidecar.engine.fair_queue import FairQueue
 from sidecar.engine.lane import Lane
 from sidecar.engine.lanes import Lanes
+from sidecar.engine.memory import Memory
+
+# Beyond it preparing takes tenths of a second: a photo of 8 megapixels.
+_LARGE_BYTES = 1 << 26
 
 
 class Turn:
@@ -27,16 +31,19 @@ class Turn:
         client: whose share of the server it takes.
         work: what its run will be.
         share: what it takes of its client's share, in patches.
+        memory_bytes: what preparing it holds at its peak.
         lane: the one that called it in before its time, if one did.
     """
 
-    __slots__ = ("_begins", "client", "lane", "share", "work")
+    __slots__ = ("_begins", "client", "kept_bytes", "lane", "memory_bytes", "share", "work")
 
-    def __init__(self, client: str, work: Work, share: int) -> None:
+    def __init__(self, client: str, work: Work, share: int, memory_bytes: int = 0) -> None:
         """To be made on the event loop."""
         self.client = client
         self.work = work
         self.share = share
+        self.memory_bytes = memory_bytes
+        self.kept_bytes = 0
         self.lane: Lane | None = None
         self._begins: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
@@ -51,8 +58,12 @@ class Turn:
 class Turns:
     """Gives them, in an order that is fair between clients."""
 
-    def __init__(self, lanes: Lanes, preprocess_threads: int) -> None:
+    def __init__(self, lanes: Lanes, preprocess_threads: int, memory: Memory | None = None) -> None:
         self._lanes = lanes
+        self._memory = memory or Memory()
+        # Those that take long to prepare leave a thread to the others, where there is more than one.
+        self._large = 0
+        self._most_large = max(1, preprocess_threads // 2)
         self._queue: FairQueue[Turn] = FairQueue()
         self._waiting: dict[Turn, None] = {}  # what is in the queue, the newest last
         self._begun: Counter[str] = Counter()  # those between their turn and their end, by client
@@ -92,10 +103,17 @@ class Turns:
         finally:
             self._accepted -= turn.work
 
-    def prepared(self) -> None:
-        """One is, or has failed in it."""
+    def prepared(self, turn: Turn) -> None:
+        """It is, or has failed in it: no thread is at work on it any more."""
         self._unprepared -= 1
+        self._memory.give(turn.memory_bytes)
+        self._large -= turn.memory_bytes > _LARGE_BYTES
         self._give()
+
+    def keep(self, turn: Turn, size: int) -> None:
+        """Count what was prepared until the turn ends."""
+        self._memory.take(size)
+        turn.kept_bytes = size
 
     def arrived(self, turn: Turn) -> None:
         """At the lane that called it in, if one did, or nowhere any more."""
@@ -131,12 +149,13 @@ class Turns:
             if self._queue.remove(turn.client, turn):
                 del self._waiting[turn]
             else:  # it was its turn in this very moment
-                self._unprepared -= 1
+                self.prepared(turn)
                 self._end(turn)
             raise
 
     def _end(self, turn: Turn) -> None:
         self.arrived(turn)
+        self._memory.give(turn.kept_bytes)
         self._begun[turn.client] -= 1
         if not self._begun[turn.client]:
             del self._begun[turn.client]
@@ -145,11 +164,16 @@ class Turns:
         self._call_in()
 
     def _give(self) -> None:
-        while self._unprepared < self._most_unprepared and (turn := self._queue.pop(self._has_room)) is not None:
+        while self._unprepared < self._most_unprepared and (turn := self._next()) is not None:
             self._begin(turn)
+
+    def _next(self) -> Turn | None:
+        return self._queue.pop(self._has_room, self._lacks_memory)
 
     def _begin(self, turn: Turn) -> None:
         del self._waiting[turn]
+        self._memory.take(turn.memory_bytes)
+        self._large += turn.memory_bytes > _LARGE_BYTES
         self._begun[turn.client] += 1
         self._begun_patches += turn.work.patches
         self._unprepared += 1
@@ -165,6 +189,12 @@ class Turns:
             or turn.client not in self._begun
         )
 
+    def _lacks_memory(self, turn: Turn) -> bool:
+        """Whether it has to wait until others have been prepared. A large one is let through if no other is, whatever is held."""
+        if turn.memory_bytes <= _LARGE_BYTES or not self._large:
+            return False
+        return self._large >= self._most_large or not self._memory.fits(turn.memory_bytes)
+
     def _call_in(self) -> None:
         """Let a slow lane take the newest of those who wait, if it is done sooner than in its turn on the others. At the head of
         the queue a fast lane always finishes first, and a slow one would only watch."""
@@ -174,7 +204,7 @@ class Turns:
             if lane.out_for_s or lane in self._called_in:
                 continue
             turn = next(reversed(self._waiting))
-            if self._gains(turn, lane):
+            if not self._lacks_memory(turn) and self._gains(turn, lane):
                 self._queue.remove(turn.client, turn)
                 self._called_in.add(lane)
                 turn.lane = lane

@@ -18,6 +18,7 @@ from grpc_health.v1 import health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from sidecar.artifact import Artifact
+from sidecar.engine.memory import Memory
 from sidecar.engine.scheduler import Limits, Scheduler
 from sidecar.engine.store import Store, default_capacity
 from sidecar.engine.store_directory import StoreDirectory
@@ -53,6 +54,8 @@ _LAST_RUN_S = 1.0
 _LOOK_S = 0.1
 _TRIM_S = 5.0
 _PREPROCESS = "preprocess"
+# A header that takes long keeps no other waiting.
+_OPENING_THREADS = 2
 # SHA-256 takes 3 ms for a 1080p picture's patches where the processor has instructions for it, four times as long elsewhere.
 _NAMING_THREADS = 2
 # A thread that computes in Python gives way to the event loop this often; the interpreter's own 5 ms would show in health checks.
@@ -111,9 +114,8 @@ class _App:
         resources.callback(self._tracing.close)
         self._monitor = self._start_monitor()
         self._fetcher = self._make_fetcher()
-        self._calls = Calls(
-            self._metrics, self._tracing, settings.max_held_bytes, self._tokens.name_of if self._tokens else None
-        )
+        self._memory = Memory(settings.max_held_bytes)
+        self._calls = Calls(self._metrics, self._tracing, self._memory, self._tokens.name_of if self._tokens else None)
         self._receiver = Receiver(
             settings.max_held_bytes,
             settings.max_message_bytes,
@@ -122,7 +124,7 @@ class _App:
             refused=self._metrics.refused,
         )
         self._preprocessing = ThreadPoolExecutor(preprocess_threads(settings), thread_name_prefix=_PREPROCESS)
-        self._opening = ThreadPoolExecutor(1, thread_name_prefix=_PREPROCESS + "-open")
+        self._opening = ThreadPoolExecutor(_OPENING_THREADS, thread_name_prefix=_PREPROCESS + "-open")
         self._naming = ThreadPoolExecutor(_NAMING_THREADS, thread_name_prefix=_PREPROCESS + "-name")
         self._health = health.HealthService([SERVICE])
 
@@ -264,6 +266,7 @@ class _App:
             preprocess_threads=preprocess_threads(settings),
             limits=Limits(items=settings.max_queue_items, patches=settings.max_queue_patches),
             observer=self._metrics,
+            memory=self._memory,
         )
         preprocessor = Preprocessor(
             tower=manifest.tower,
@@ -272,7 +275,7 @@ class _App:
             max_frames=settings.max_frames,
             max_item_patches=settings.max_item_patches,
         )
-        orders = Orders(preprocessor, self._opening, self._naming, self._fetcher)
+        orders = Orders(preprocessor, self._opening, self._naming, self._fetcher, self._memory)
         return Model(artifact, scheduler, orders, describe(artifact, variants, scheduler, settings))
 
     def _start_monitor(self) -> Monitor | None:

@@ -14,9 +14,10 @@ from typing import Any, NoReturn
 import grpc
 from grpc_status import rpc_status
 
+from sidecar.engine.memory import Memory
 from sidecar.engine.observer import StageTimes
 from sidecar.engine.scheduler import Encoded
-from sidecar.errors import EncoderError, Fault, Overloaded, ShuttingDown, fault_of
+from sidecar.errors import EncoderError, Fault, ShuttingDown, fault_of
 from sidecar.monitoring.metrics import EMBEDDING, Metrics
 from sidecar.monitoring.request_log import RequestRecord
 from sidecar.monitoring.tracing import RequestSpan, Tracing
@@ -58,18 +59,15 @@ class Call:
         Raises:
             Overloaded: if the calls in hand hold too much. One alone passes, whatever its size.
         """
-        held, most = self.calls.held_bytes, self.calls.max_held_bytes
         # One more for a client that holds nothing: nobody takes all of it from the others.
-        most *= 1 if self.calls.held_by[self.caller.client] else _NEWCOMERS
-        if held and held + size > most:
-            limit = self.calls.max_held_bytes
-            raise Overloaded(f"calls in hand hold {held} bytes, the limit is {limit}", retry_after_s=1.0)
+        spare = 0 if self.calls.held_by[self.caller.client] else (_NEWCOMERS - 1) * self.calls.memory.most
+        self.calls.memory.check(size - spare)
         self.hold(size)
 
     def hold(self, size: int) -> None:
         """Hold an embedding's bytes until the call is over."""
         self.held_bytes += size
-        self.calls.held_bytes += size
+        self.calls.memory.take(size)
         self.calls.held_by[self.caller.client] += size
 
     async def abort(self, error: EncoderError) -> NoReturn:
@@ -111,13 +109,12 @@ class Calls:
         self,
         metrics: Metrics,
         tracing: Tracing,
-        max_held_bytes: int,
+        memory: Memory,
         name_of: Callable[[Metadata], str | None] | None = None,
     ) -> None:
         """`name_of`: the name of a caller's token."""
         self.metrics = metrics
-        self.max_held_bytes = max_held_bytes
-        self.held_bytes = 0
+        self.memory = memory
         self.held_by: Counter[str] = Counter()  # by client
         self._under_way: set[Call] = set()
         self._ended = asyncio.Event()
@@ -159,7 +156,7 @@ class Calls:
             finally:
                 self._under_way.discard(call)
                 self._ended.set()
-                self.held_bytes -= call.held_bytes
+                self.memory.give(call.held_bytes)
                 self.held_by[caller.client] -= call.held_bytes
                 if not self.held_by[caller.client]:
                     del self.held_by[caller.client]

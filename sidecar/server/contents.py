@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +21,7 @@ from sidecar.errors import InvalidItem, TooLarge
 from sidecar.pb import encoder_pb2
 from sidecar.vision.dtypes import Array, DType
 from sidecar.vision.grid import Grid
-from sidecar.vision.images import decode_image, image_size
+from sidecar.vision.images import image_header, load_image
 from sidecar.vision.pixels import (
     MAX_IMAGE_PIXELS,
     Patches,
@@ -41,6 +42,9 @@ _DTYPES = {
 _CONTENTS = "image, url, rgb_image, rgb_video or patches"
 _SCALES = (encoder_pb2.Patches.PIXELS, encoder_pb2.Patches.NORMALISED)
 
+_PILLOW_BYTES = 4  # a pixel
+
+_Decoded = TypeVar("_Decoded")
 _Model = tuple[TowerSpec, PixelSpec, int | None, int | None]
 
 
@@ -85,17 +89,18 @@ class Preprocessor:
             def rgb() -> npt.NDArray[np.uint8]:
                 return _pixels(picture.data, (picture.height, picture.width))
 
-            return Opened(grid, _timed(rgb, lambda pixels: image_patches(pixels, *model)))
+            memory = self._memory(grid, len(picture.data), picture.height * picture.width)
+            return Opened(grid, _timed(rgb, lambda pixels: image_patches(pixels, *model)), memory_bytes=memory)
         most = min(self.max_image_pixels, MAX_IMAGE_PIXELS)
         # The grid is judged by the header: a picture that is refused is not worth decoding.
-        height, width = image_size(item.image, max_image_pixels=most)
+        header = image_header(item.image, max_image_pixels=most)
+        height, width = header.height, header.width
         grid = self._checked(image_grid(height, width, *model))
         return Opened(
             grid,
-            _timed(
-                lambda: decode_image(item.image, max_image_pixels=most), lambda pixels: image_patches(pixels, *model)
-            ),
+            _timed(lambda: load_image(item.image, max_image_pixels=most), lambda pixels: image_patches(pixels, *model)),
             decoded_pixels=height * width,
+            memory_bytes=header.decode_bytes + self._memory(grid, len(item.image), 0),
         )
 
     def _open_video(self, video: encoder_pb2.RgbVideo, model: _Model) -> Opened:
@@ -105,7 +110,11 @@ class Preprocessor:
         grid = self._checked(video_grid(video.frames, video.height, video.width, *model))
         shape = (video.frames, video.height, video.width)
         _check_length(video.data, shape)
-        return Opened(grid, _timed(lambda: _pixels(video.data, shape), lambda frames: video_patches(frames, *model)))
+        return Opened(
+            grid,
+            _timed(lambda: _pixels(video.data, shape), lambda frames: video_patches(frames, *model)),
+            memory_bytes=self._memory(grid, len(video.data), video.height * video.width),
+        )
 
     def _open_patches(self, patches: encoder_pb2.Patches) -> Opened:
         grid = self._checked(Grid(patches.grid.t, patches.grid.h, patches.grid.w).check(self.tower))
@@ -134,7 +143,13 @@ class Preprocessor:
         return Opened(
             grid,
             _timed(given, lambda values: given_patches(values, grid, self.tower, self.pixels, normalised=normalised)),
+            # Normalised ones are brought back both to float32 and to uint8.
+            memory_bytes=self._memory(grid, expected, 0) * (5 if normalised else 1),
         )
+
+    def _memory(self, grid: Grid, sent_bytes: int, pixels: int) -> int:
+        """What preparing holds: the bytes sent, one picture of so many pixels as Pillow lays it out, and the patches."""
+        return sent_bytes + pixels * _PILLOW_BYTES + grid.patches * self.tower.patch_width
 
     def _check_size(self, height: int, width: int, frames: int = 1) -> None:
         if height * width > self.max_image_pixels:
@@ -162,7 +177,7 @@ def _pixels(data: bytes, shape: tuple[int, ...]) -> npt.NDArray[np.uint8]:
     return np.frombuffer(data, np.uint8).reshape(*shape, 3)
 
 
-def _timed(decode: Callable[[], Array], preprocess: Callable[[Array], Patches]) -> Callable[[], Prepared]:
+def _timed(decode: Callable[[], _Decoded], preprocess: Callable[[_Decoded], Patches]) -> Callable[[], Prepared]:
     def prepare() -> Prepared:
         begun = time.perf_counter()
         decoded = decode()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from concurrent.futures import Executor
 from typing import Protocol
 
 from sidecar.engine.keys import name_of_bounded, name_of_content, name_of_key, name_of_keyed, name_to_fetch
+from sidecar.engine.memory import Memory, Share
 from sidecar.engine.order import Opened, Order
 from sidecar.errors import InvalidItem
 from sidecar.pb import encoder_pb2
@@ -22,7 +24,7 @@ QUICK_BYTES = 1 << 17
 class Fetcher(Protocol):
     """What `sidecar.urls.fetcher` provides."""
 
-    async def fetch(self, url: str, timeout_s: float | None) -> bytes: ...
+    async def fetch(self, url: str, timeout_s: float | None, room: Callable[[int], None]) -> bytes: ...
 
 
 class Named:
@@ -33,14 +35,15 @@ class Named:
         key_name: of its key, where it has a key and content: what the key stands for from now on when it comes alone.
     """
 
-    __slots__ = ("item", "key", "key_name", "name")
+    __slots__ = ("_share", "item", "key", "key_name", "name")
 
-    def __init__(self, item: encoder_pb2.Item) -> None:
-        """Hash the content: half a second for a GB.
+    def __init__(self, item: encoder_pb2.Item, share: Share | None = None) -> None:
+        """Hash the content: half a second for a GB. `share`: what the item holds of the memory beside its request.
 
         Raises:
             InvalidItem: if the key is too long.
         """
+        self._share = share
         self.item = item
         self.key = item.key
         self.key_name = ""
@@ -87,17 +90,24 @@ class Orders:
     """Places orders of one model."""
 
     def __init__(
-        self, preprocessor: Preprocessor, opening: Executor, naming: Executor, fetcher: Fetcher | None
+        self,
+        preprocessor: Preprocessor,
+        opening: Executor,
+        naming: Executor,
+        fetcher: Fetcher | None,
+        memory: Memory | None = None,
     ) -> None:
         """
         Args:
             opening: reads headers, on threads of its own, so that what is too large is refused while others are decoded.
+            memory: counts what is fetched.
             naming: hashes contents, on threads of its own, so that what is stored is found while others are decoded.
         """
         self._preprocessor = preprocessor
         self._opening = opening
         self._naming = naming
         self._fetcher = fetcher
+        self._memory = memory or Memory()
 
     async def named(self, item: encoder_pb2.Item) -> Named:
         """Find out an item's name.
@@ -106,11 +116,13 @@ class Orders:
             InvalidItem: if the key is too long, or the item is a URL and none are taken.
             UrlRefused, UrlUnreachable: if its URL could not be fetched.
         """
+        share = None
         if item.HasField("url"):
-            item = await self._fetched(item)  # what a URL leads to may change, so the name comes from what came
+            share = Share(self._memory)
+            item = await self._fetched(item, share)  # what a URL leads to may change, so the name comes from what came
         if item.ByteSize() <= QUICK_BYTES:
-            return Named(item)
-        return await asyncio.get_running_loop().run_in_executor(self._naming, Named, item)
+            return Named(item, share)
+        return await asyncio.get_running_loop().run_in_executor(self._naming, Named, item, share)
 
     def order(self, named: Named, caller: Caller) -> Order:
         return Order(
@@ -125,8 +137,8 @@ class Orders:
             return await asyncio.get_running_loop().run_in_executor(self._opening, self._preprocessor.open, item)
         return self._preprocessor.open(item)
 
-    async def _fetched(self, item: encoder_pb2.Item) -> encoder_pb2.Item:
+    async def _fetched(self, item: encoder_pb2.Item, share: Share) -> encoder_pb2.Item:
         if self._fetcher is None:
             raise InvalidItem("this server takes no URLs; send the picture's bytes (or start it with --url-input)")
-        data = await self._fetcher.fetch(item.url, None)
+        data = await self._fetcher.fetch(item.url, None, share.add)
         return encoder_pb2.Item(key=item.key, image=data, min_pixels=item.min_pixels, max_pixels=item.max_pixels)

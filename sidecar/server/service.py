@@ -58,7 +58,6 @@ class EncoderService:
         self.draining = False
         self._settings = settings
         self._calls = calls
-        self._held_bytes = 0  # of requests and embeddings, in calls that are not over
 
     def add_to(self, server: grpc.aio.Server) -> None:
         """Register the methods, as generated code would, but with bytes in (see `requests`) and out (see `wire`)."""
@@ -78,6 +77,7 @@ class EncoderService:
         model = self.model
         with self._calls.begin("Release", context, len(message), model) as call:
             try:
+                call.admit(len(message))
                 request = parse_release(message)
             except EncoderError as error:
                 await call.abort(error)
@@ -107,6 +107,8 @@ class EncoderService:
                 request = parse_request(message, self._settings.max_items)
             except EncoderError as error:
                 await call.abort(error)
+            quick = len(message) <= QUICK_BYTES
+            del message  # the parsed request is a copy
             stored = request.delivery == encoder_pb2.STORED
             call.record.items = len(request.items)
             known: list[_Answer] = []
@@ -114,7 +116,7 @@ class EncoderService:
             try:
                 for index, item in enumerate(request.items):
                     # What can be named at once, and is in the store, needs no task.
-                    answer = self._known(index, item, stored, call) if len(message) <= QUICK_BYTES else None
+                    answer = self._known(index, item, stored, call) if quick else None
                     if answer is not None:
                         known.append(answer)
                     else:

@@ -114,10 +114,14 @@ class UrlFetcher:
             trust_env=False,
         )
 
-    async def fetch(self, url: str, timeout_s: float | None = None) -> bytes:
+    async def fetch(
+        self, url: str, timeout_s: float | None = None, room: Callable[[int], None] = lambda size: None
+    ) -> bytes:
         """The picture's bytes as they lie there; no more than their signature was looked at.
 
-        `timeout_s` is the caller's own limit; the lower one holds.
+        Args:
+            timeout_s: the caller's own limit; the lower one holds.
+            room: is told of bytes before they are held; what it raises ends the fetch.
 
         Raises:
             UrlRefused: if the URL, a redirect of it, or what is there breaks a rule.
@@ -125,11 +129,12 @@ class UrlFetcher:
             UrlUnreachable: if its server does not give it, or not in time.
         """
         if is_data_url(url):
+            room(min(len(url) // 4 * 3, self._max_bytes))
             return await asyncio.to_thread(decode_data_url, url, self._max_bytes)
         limit_s = self._timeout_s if timeout_s is None else min(timeout_s, self._timeout_s)
         try:
             async with asyncio.timeout(limit_s):
-                return await self._follow(parse_https(url))
+                return await self._follow(parse_https(url), room)
         except TimeoutError as error:
             raise UrlUnreachable(f"the URL's server did not send the picture within {limit_s:g} s") from error
 
@@ -138,13 +143,13 @@ class UrlFetcher:
         await self._session.close()
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    async def _follow(self, target: Target) -> bytes:
+    async def _follow(self, target: Target, room: Callable[[int], None]) -> bytes:
         import aiohttp
 
         for _ in range(self._max_redirects + 1):
             self._check_allowed(target)
             try:
-                answer = await self._get(target)
+                answer = await self._get(target, room)
             except (aiohttp.ClientError, OSError, ValueError) as error:
                 raise UrlUnreachable(f"the URL's server {_what_failed(error)}") from error
             if isinstance(answer, bytes):
@@ -159,7 +164,7 @@ class UrlFetcher:
         elif target.port != HTTPS_PORT:
             raise UrlRefused(f"the URL's port must be {HTTPS_PORT}, got {target.port}")
 
-    async def _get(self, target: Target) -> bytes | str:
+    async def _get(self, target: Target, room: Callable[[int], None]) -> bytes | str:
         """The picture, or the Location of a redirect."""
         from yarl import URL
 
@@ -176,12 +181,13 @@ class UrlFetcher:
             if response.status in _REDIRECTS and "Location" in response.headers:
                 return response.headers["Location"]
             _check_head(response)
-            return await self._body(response)
+            return await self._body(response, room)
 
-    async def _body(self, response: aiohttp.ClientResponse) -> bytes:
+    async def _body(self, response: aiohttp.ClientResponse, room: Callable[[int], None]) -> bytes:
         body = bytearray()
         judged = False
         async for chunk in response.content.iter_any():
+            room(len(chunk))
             body += chunk
             if len(body) > self._max_bytes:  # counted as it comes, whatever Content-Length says
                 raise TooLarge(f"the URL's picture has over {self._max_bytes} bytes, the limit")

@@ -140,7 +140,9 @@ def _check_jpeg(data: bytes) -> None:
         if len(exif) > _MOST_EXIF_BYTES or tables > _MOST_TABLE_BYTES:
             break
         position += max(2, length)
-    raise PixelError("the JPEG image has thousands of needless segments, which take too long to read; save it again as usual")
+    raise PixelError(
+        "the JPEG image has thousands of needless segments, which take too long to read; save it again as usual"
+    )
 
 
 def _check_gif(data: bytes) -> None:

@@ -172,11 +172,11 @@ def _check_work(image: ImageFile.ImageFile, data: bytes, what: str) -> None:
         scans = -(-data.count(_START_OF_SCAN) // pieces)
         if scans * image.width * image.height > _MOST_SCANNED_PIXELS and scans > _USUAL_SCANS:
             raise PixelError(f"{what} has {scans} scans, which would take too long to decode; save it again as usual")
-    if image.tile and image.tile[0].codec_name == "bmp_rle":
-        if image.width * image.height + len(data) > _MOST_RUN_LENGTH_WORK:
-            raise PixelError(
-                f"{what} is compressed by run lengths, which are read up to {_MOST_RUN_LENGTH_WORK} pixels and bytes; send PNG"
-            )
+    run_lengths = image.tile and image.tile[0].codec_name == "bmp_rle"
+    if run_lengths and image.width * image.height + len(data) > _MOST_RUN_LENGTH_WORK:
+        raise PixelError(
+            f"{what} is compressed by run lengths, which are read up to {_MOST_RUN_LENGTH_WORK} pixels and bytes; send PNG"
+        )
 
 
 def _pieces(image: ImageFile.ImageFile) -> int:

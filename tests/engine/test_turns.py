@@ -41,13 +41,13 @@ def test_a_lane_may_call_in_again_when_what_it_called_in_leaves_in_that_moment(
             async with turns.wait(turn):
                 if not prepared:
                     await ready.wait()
-                turns.prepared()
+                turns.prepared(turn)
                 await over.wait()
 
         first, *others = (Turn("somebody", Work(100, 0.0), 100) for _ in range(40))
         tasks = []
         async with turns.wait(first):
-            turns.prepared()
+            turns.prepared(first)
             for number, turn in enumerate(others, 2):
                 # The last two that get their turn are not prepared yet, which keeps the lane from calling in.
                 tasks.append(asyncio.create_task(hold(turn, prepared=number <= AT_ONCE - 2)))
