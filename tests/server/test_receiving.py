@@ -10,8 +10,8 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
-from half_sent import send_half
 from pictures import encoded, picture
+from raw_http2 import send_half
 from servers import Server, StartServer
 
 from sidecar.client import Embedding

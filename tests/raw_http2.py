@@ -1,4 +1,4 @@
-"""A caller that sends half a message and waits: HTTP/2 as written by hand, since no gRPC client would do that."""
+"""A caller that sends as much of a message as it likes and waits: HTTP/2 written by hand, since no gRPC client would do that."""
 
 from __future__ import annotations
 
@@ -20,16 +20,29 @@ def send_half(
     Returns:
         How many bytes were sent, and whether the server ended the stream within `seconds`.
     """
+    return _call(host, port, method, b"\0" + struct.pack(">I", declared), sent, seconds, token)
+
+
+def send_whole(host: str, port: int, method: str, message: bytes, *, seconds: float) -> bool:
+    """Send a message, and go away as soon as there is an answer, whatever it is. Returns whether there was one."""
+    return _call(host, port, method, b"\0" + struct.pack(">I", len(message)), len(message) + 5, seconds, "", message)[1]
+
+
+def _call(
+    host: str, port: int, method: str, head: bytes, size: int, seconds: float, token: str, message: bytes = b""
+) -> tuple[int, bool]:
     with socket.create_connection((host, port)) as connection:
-        caller = _Caller(connection)
+        caller = _Caller(connection, head, message)
         with suppress(OSError):
             caller.begin(method, token)
-            caller.run(b"\0" + struct.pack(">I", declared), sent, time.monotonic() + seconds)
+            caller.run(size, time.monotonic() + seconds)
         return caller.sent, caller.ended
 
 
 class _Caller:
-    def __init__(self, connection: socket.socket) -> None:
+    def __init__(self, connection: socket.socket, head: bytes, message: bytes) -> None:
+        self._head = head
+        self._message = memoryview(message)
         self.sent = 0
         self.ended = False
         self._connection = connection
@@ -52,13 +65,18 @@ class _Caller:
         preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + _frame(_SETTINGS, 0, 0, b"")
         self._connection.sendall(preface + _frame(_HEADERS, _END_HEADERS, 1, block))
 
-    def run(self, head: bytes, most: int, until: float) -> None:
+    def run(self, most: int, until: float) -> None:
+        """Send `most` bytes of the head, the message, and zeros."""
         while time.monotonic() < until and not self.ended:
             size = min(self._windows[0], self._windows[1], _FRAME_BYTES, most - self.sent)
             if size > 0:
-                payload = head[self.sent : self.sent + size].ljust(size, b"\0")
+                start = len(self._head)
+                payload = self._head[self.sent :] + bytes(
+                    self._message[max(0, self.sent - start) : max(0, self.sent - start + size)]
+                )
+                last = bool(self._message) and self.sent + size == most
                 self._connection.settimeout(5.0)
-                self._connection.sendall(_frame(_DATA, 0, 1, payload))
+                self._connection.sendall(_frame(_DATA, _END_STREAM * last, 1, payload[:size].ljust(size, b"\0")))
                 self.sent += size
                 self._windows[0] -= size
                 self._windows[1] -= size
@@ -91,7 +109,7 @@ class _Caller:
                     self._windows[1] += value - self._initial
                     self._initial = value
             self._connection.sendall(_frame(_SETTINGS, _ACK, 0, b""))
-        elif kind in (_RESET, _GO_AWAY) or (kind == _HEADERS and flags & _END_STREAM):
+        elif kind in (_RESET, _GO_AWAY, _DATA) or (kind == _HEADERS and flags & _END_STREAM):
             self.ended = True
 
 
