@@ -18,7 +18,7 @@ ALLOWED = {
     "sidecar/runtimes/": ("sidecar.vision",),
     "sidecar/engine/": ("sidecar.runtimes", "sidecar.store_file", "sidecar.vision", "sidecar.errors"),
     "sidecar/monitoring/": ("sidecar.engine", "sidecar.__version__"),
-    "sidecar/urls/": ("sidecar.errors",),
+    "sidecar/urls/": ("sidecar.errors", "sidecar.vision"),
     "sidecar/server/": ("sidecar",),
     "sidecar/commands/plan": (
         "sidecar.commands",

@@ -26,6 +26,7 @@ from sidecar.urls.addresses import Lookup, PublicResolver, is_public
 from sidecar.urls.forms import (
     HTTPS_PORT,
     LONGEST_SIGNATURE_BYTES,
+    TAKEN,
     Target,
     check_signature,
     decode_data_url,
@@ -44,7 +45,9 @@ _LOOKUP_THREADS = 8
 
 _REDIRECTS = frozenset((301, 302, 303, 307, 308))
 _MAY_PASS_LATER = frozenset((408, 425, 429))
-_PICTURE_TYPES = frozenset(("image/jpeg", "image/jpg", "image/png", "image/webp"))
+_PICTURE_TYPES = frozenset(
+    f"image/{kind}" for kind in ("jpeg", "jpg", "png", "webp", "gif", "avif", "bmp", "x-ms-bmp", "tiff")
+)
 # What a storage says that was told nothing; the bytes decide then. aiohttp gives the first one where there is no header.
 _UNTOLD_TYPES = frozenset(("application/octet-stream", "binary/octet-stream"))
 _HEADERS = {
@@ -220,7 +223,7 @@ def _check_head(response: aiohttp.ClientResponse) -> None:
     if any(coding.strip().lower() != "identity" for coding in response.headers.getall("Content-Encoding", ())):
         raise UrlRefused("the URL's server sent the picture compressed, which was not asked for")
     if response.content_type not in _PICTURE_TYPES | _UNTOLD_TYPES:
-        raise UrlRefused("the URL does not lead to a JPEG, PNG or WEBP: its server says that it is of another type")
+        raise UrlRefused(f"the URL does not lead to a {TAKEN}: its server says that it is of another type")
 
 
 def _what_failed(error: Exception) -> str:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from urllib.parse import urljoin
 
 from sidecar.errors import TooLarge, UrlRefused
+from sidecar.vision.images import FORMATS, is_picture
+from sidecar.vision.kinds import what_it_is
 
 HTTPS_PORT = 443
 _MOST_CHARS = 8192
@@ -22,15 +24,15 @@ _LABEL = r"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?"
 _HOST = rf"(?=.{{1,253}}(?::|\Z))(?:{_LABEL}\.)+[a-z][a-z0-9-]{{0,61}}[a-z0-9]"
 _AUTHORITY = re.compile(rf"(?P<host>{_HOST})(?::(?P<port>\d{{1,5}}))?", re.I | re.ASCII)
 _HTTPS = re.compile(r"https://(?P<authority>[^/?#]*)(?P<path>/[^?#]*)?(?:\?(?P<query>[^#]*))?(?:#.*)?", re.I)
-_DATA = re.compile(r"data:image/(?:jpeg|jpg|png|webp);base64,", re.I)
+# RFC 2397, with parameters such as a charset. What the type says does not matter: the bytes decide.
+_DATA = re.compile(r"data:image/[a-z0-9.+-]+(?:;[a-z0-9.+-]+=[^;,\s]*)*;base64,", re.I)
+_URL_SAFE = str.maketrans("-_", "+/")
+_LINE_BREAKS = re.compile(r"%0[ad]|%20|\s", re.I)
+_LONGEST_DATA_HEAD = 256
+TAKEN = f"{', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
 _CHARS = re.compile(r"[!-\[\]-~]*")  # printable ASCII but for the space and the backslash
 
-_SIGNATURES = (
-    re.compile(rb"\xff\xd8\xff"),
-    re.compile(rb"\x89PNG\r\n\x1a\n"),
-    re.compile(rb"RIFF....WEBP", re.S),
-)
-LONGEST_SIGNATURE_BYTES = 12
+LONGEST_SIGNATURE_BYTES = 256  # an AVIF's list of brands
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,10 +94,17 @@ def decode_data_url(url: str, max_bytes: int) -> bytes:
         UrlRefused: if it is of another type, or not base64.
         TooLarge: if it has over `max_bytes`.
     """
-    head = _DATA.match(url[:64])
+    head = _DATA.match(url[:_LONGEST_DATA_HEAD])
     if head is None:
-        raise UrlRefused("a data: URL must begin with data:image/jpeg;base64, or the same with png or webp")
+        raise UrlRefused("a data: URL must begin with data:image/jpeg;base64, or the same with another type of image")
     encoded = url[head.end() :]
+    if _LINE_BREAKS.search(encoded) is not None:
+        encoded = _LINE_BREAKS.sub("", encoded)
+    if "%" in encoded[-9:]:
+        encoded = encoded[:-9] + encoded[-9:].replace("%3D", "=").replace("%3d", "=")
+    if "-" in encoded or "_" in encoded:
+        encoded = encoded.translate(_URL_SAFE)
+        encoded += "=" * (-len(encoded) % 4)  # this form often goes without
     if len(encoded) // 4 * 3 > max_bytes + 2:  # at most two of the last three bytes are padding
         raise TooLarge(f"the data: URL's picture has over {max_bytes} bytes, the limit")
     try:
@@ -110,10 +119,12 @@ def decode_data_url(url: str, max_bytes: int) -> bytes:
 
 def check_signature(data: bytes | bytearray) -> None:
     """Raises:
-    UrlRefused: if the bytes, of which the first `LONGEST_SIGNATURE_BYTES` are enough, begin no JPEG, PNG or WEBP.
+    UrlRefused: if the bytes, of which the first `LONGEST_SIGNATURE_BYTES` are enough, begin no picture of a kind taken here.
     """
-    if not any(signature.match(data) for signature in _SIGNATURES):
-        raise UrlRefused("the URL leads to bytes that are no JPEG, PNG or WEBP")
+    start = bytes(data[:LONGEST_SIGNATURE_BYTES])
+    if not is_picture(start):
+        what = what_it_is(start)
+        raise UrlRefused(f"the URL leads to {what}" if what else f"the URL leads to bytes that are no {TAKEN}")
 
 
 def _check_chars(url: str) -> None:

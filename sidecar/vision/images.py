@@ -21,6 +21,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageFile, ImageOps
 
 from sidecar.vision.headers import check_header, check_tags
+from sidecar.vision.kinds import heif_brand, what_it_is
 from sidecar.vision.pixels import MAX_IMAGE_PIXELS, Bytes, PixelError
 
 # Still images that people send, each read in this process by a maintained decoder. Not here on purpose: formats that
@@ -111,6 +112,18 @@ def image_size(data: bytes, *, max_image_pixels: int = MAX_IMAGE_PIXELS) -> tupl
     return header.height, header.width
 
 
+def is_picture(data: bytes) -> bool:
+    """Whether the first bytes are those of a picture in one of `FORMATS`; 256 are enough."""
+    prefix = bytes(data[:_LONGEST_SIGNATURE])
+    recognised = any((accepts := Image.OPEN[name][1]) is not None and accepts(prefix) for name in FORMATS)
+    return recognised and (prefix[4:8] != b"ftyp" or _is_avif(data))
+
+
+def _is_avif(data: bytes) -> bool:
+    """Its reader takes any HEIF container, and finds only then that its pictures are HEVC."""
+    return not heif_brand(data)
+
+
 def _bytes_per_pixel(image: ImageFile.ImageFile) -> int:
     """As it lies in memory, what the decoder holds beside it, and the copies on the way to RGB: one of them at a time for a
     picture that is turned, laid over white, or converted."""
@@ -139,7 +152,7 @@ def _open(data: bytes, max_image_pixels: int) -> ImageFile.ImageFile:
         recognised = recognises is None or recognises(data[:_LONGEST_SIGNATURE])
         if isinstance(recognised, str):
             raise PixelError(f"the image is {name}, which this installation of Pillow cannot read; send JPEG or PNG")
-        if not recognised:
+        if not recognised or (name == "AVIF" and not _is_avif(data)):
             continue
         try:
             image = reader(BytesIO(data), "")
@@ -157,7 +170,10 @@ def _open(data: bytes, max_image_pixels: int) -> ImageFile.ImageFile:
         return image
     if not data:
         raise PixelError("the image is empty: 0 bytes")
-    raise PixelError(f"the {len(data)} bytes are not an image in a format taken here: {', '.join(FORMATS)}")
+    taken = ", ".join(FORMATS)
+    if (known := what_it_is(data)) is not None:
+        raise PixelError(f"the {len(data)} bytes are {known} (taken here: {taken})")
+    raise PixelError(f"the {len(data)} bytes are not an image in a format taken here: {taken}")
 
 
 def _check_work(image: ImageFile.ImageFile, data: bytes, what: str) -> None:

@@ -11,11 +11,13 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import asynccontextmanager
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 import trustme
+from PIL import Image
 
 from sidecar.errors import EncoderError, TooLarge, UrlRefused, UrlUnreachable
 from sidecar.urls.addresses import is_public
@@ -24,7 +26,16 @@ from sidecar.urls.forms import decode_data_url
 
 JPEG = b"\xff\xd8\xff\xe0" + bytes(range(200))
 PNG = b"\x89PNG\r\n\x1a\n" + bytes(100)
-WEBP = b"RIFF\x10\x00\x00\x00WEBP" + bytes(16)
+
+
+def encoded(kind: str) -> bytes:
+    out = BytesIO()
+    Image.new("RGB", (16, 16)).save(out, kind)
+    return out.getvalue()
+
+
+HEIC = b"\0\0\0\x18ftypmif1\0\0\0\0mif1heic" + bytes(40)
+WEBP = b"RIFF\x10\x00\x00\x00WEBPVP8 " + bytes(12)
 
 # In these tests the internet is one address, and all the others of loopback are the inside.
 INTERNET, INSIDE = "127.0.0.1", "127.0.0.2"
@@ -441,9 +452,10 @@ def test_a_redirect_out_of_the_rules_is_refused(authority: trustme.CA, ca: Path,
 REFUSED_ANSWERS = {
     "HTML by type": (http(b"<html>", kind="text/html"), UrlRefused, "of another type"),
     "JPEG called SVG": (http(JPEG, kind="image/svg+xml"), UrlRefused, "of another type"),
-    "HTML called JPEG": (http(b"<html><body>secret</body></html>"), UrlRefused, "no JPEG, PNG or WEBP"),
-    "GIF called PNG": (http(b"GIF89a" + bytes(50), kind="image/png"), UrlRefused, "no JPEG, PNG or WEBP"),
-    "nothing": (http(b"", "Content-Length: 0"), UrlRefused, "no JPEG, PNG or WEBP"),
+    "HTML called JPEG": (http(b"<html><body>secret</body></html>"), UrlRefused, "an HTML page"),
+    "icon called PNG": (http(b"\0\0\1\0" + bytes(50), kind="image/png"), UrlRefused, "an ICO icon"),
+    "HEIC called AVIF": (http(HEIC, kind="image/avif"), UrlRefused, "a HEIC photo"),
+    "nothing": (http(b"", "Content-Length: 0"), UrlRefused, "no JPEG, PNG, WEBP"),
     "gzip bomb": (http(gzip.compress(bytes(10**6)), "Content-Encoding: gzip"), UrlRefused, "compressed"),
     "gzip hidden behind identity": (
         http(gzip.compress(JPEG), "Content-Encoding: identity, gzip"),
@@ -560,13 +572,35 @@ def test_an_allowed_host_that_can_be_none_is_told_at_the_start(entry: str) -> No
         UrlFetcher([entry])
 
 
-@pytest.mark.parametrize("name", ["jpeg", "jpg", "JPEG", "png", "webp"])
+@pytest.mark.parametrize(
+    "name", ["jpeg", "jpg", "JPEG", "png", "webp", "gif", "x-ms-bmp", "png;charset=utf-8", "svg+xml"]
+)
 def test_a_data_url_is_its_picture(name: str) -> None:
     async def run() -> bytes:
         async with fetching(lookup=nobody_asks) as fetcher:
             return await fetcher.fetch(f"Data:image/{name};base64,{base64.b64encode(PNG).decode()}", None)
 
     assert asyncio.run(run()) == PNG
+
+
+PICTURES = {kind: encoded(kind) for kind in ("JPEG", "PNG", "WEBP", "GIF", "AVIF", "BMP", "TIFF")}
+
+
+@pytest.mark.parametrize("kind", PICTURES)
+def test_a_data_url_takes_every_format_in_every_notation(kind: str) -> None:
+    picture = PICTURES[kind] + b"\xfb\xff\xfe"  # in URL-safe base64 - and _
+    head = f"data:image/{kind.lower()};charset=utf-8;base64,"
+    plain, safe = base64.b64encode(picture).decode(), base64.urlsafe_b64encode(picture).decode()
+    assert "-" in safe or "_" in safe
+    notations = (
+        plain,
+        safe,
+        safe.rstrip("="),
+        plain.replace("=", "%3D"),
+        *(mark.join(plain[at : at + 76] for at in range(0, len(plain), 76)) for mark in ("\n", "\r\n", "%0A", " ")),
+    )
+    for notation in notations:
+        assert decode_data_url(head + notation, max_bytes=1 << 20) == picture
 
 
 def test_a_data_url_may_be_as_large_as_a_download_and_no_larger() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 import zlib
+from base64 import b64encode
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import ExifTags, Image, ImageFile, ImageOps
 
-from sidecar.vision.images import FORMATS, decode_image
+from sidecar.vision.images import FORMATS, _say_once_that_grey_is_clipped, decode_image
 from sidecar.vision.pixels import MAX_IMAGE_PIXELS, PixelError
 
 PHOTOS = Path(__file__).parents[2] / "export" / "photos"
@@ -219,9 +220,24 @@ def test_a_damaged_tiff_is_refused_where_vllm_would_take_the_rest_for_black() ->
     ("data", "why"),
     [
         (b"", "empty: 0 bytes"),
-        (b"<html>404</html>", "16 bytes are not an image in a format taken here: JPEG, PNG, WEBP"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image in a format taken here"),
-        (b"8BPS\x00\x01" + bytes(40), "not an image in a format taken here"),
+        (b"these are words", "15 bytes are not an image in a format taken here: JPEG, PNG, WEBP"),
+        (b"<html>404</html>", "16 bytes are an HTML page"),
+        (b"  <!DOCTYPE html>\n<html>", "an HTML page"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "a PostScript document; render it"),
+        (b"%PDF-1.7\n", "a PDF document; render its pages"),
+        (b'<?xml version="1.0"?><svg xmlns="http://www.w3.org/2000/svg"/>', "an SVG drawing; render it"),
+        (b'\xef\xbb\xbf{"error": "not found"}', "JSON"),
+        (b"8BPS\x00\x01" + bytes(40), "a Photoshop document, which is not read here; send JPEG, PNG or WEBP"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(40), "a HEIC photo.*convert it"),
+        (b"\0\0\0\x18ftypmif1\0\0\0\0mif1heic" + bytes(40), "a HEIC photo.*convert it"),
+        (b"\0\0\0\x18ftypisom\0\0\2\0isommp41" + bytes(40), "an MP4.*send a video's frames as rgb_video"),
+        (b"RIFF\0\0\0\0AVI LIST", "an AVI video"),
+        (encoded(photo(), "ICO"), "an ICO icon"),
+        (encoded(photo(), "JPEG2000"), "a JPEG 2000 image"),
+        (encoded(photo(), "PPM"), "a PPM, PGM or PBM image"),
+        (encoded(photo(), "QOI"), "a QOI image"),
+        (b64encode(encoded(photo(), "JPEG")), "base64 text; decode it"),
+        (b64encode(encoded(photo())), "base64 text; decode it"),
         (b"\x89PNG\r\n\x1a\n", "PNG image is cut short or damaged: its header"),
         (encoded(photo())[:16] + bytes(8) + encoded(photo())[24:], "PNG image is cut short or damaged: its header"),
         (b"GIF89a" + bytes(7) + b",", "GIF image is cut short or damaged: its header"),
@@ -230,6 +246,15 @@ def test_a_damaged_tiff_is_refused_where_vllm_would_take_the_rest_for_black() ->
 def test_what_is_no_image_is_called_so(data: bytes, why: str) -> None:
     with pytest.raises(PixelError, match=why):
         decode_image(data)
+
+
+def test_16_bit_grey_is_clipped_and_said_so_once(caplog: pytest.LogCaptureFixture) -> None:
+    _say_once_that_grey_is_clipped.cache_clear()
+    for _ in range(3):
+        decode_image(encoded(photo("I;16")))
+    assert [record.message for record in caplog.records if "16-bit grey" in record.message] == [
+        caplog.records[0].message
+    ]
 
 
 def test_running_out_of_memory_is_an_error_of_this_image_only(monkeypatch: pytest.MonkeyPatch) -> None:
