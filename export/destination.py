@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import errno
 import glob
+import hashlib
+import json
 import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -138,13 +140,24 @@ def _check_content(out: Path) -> None:
     if not held:
         return
     try:
-        ours = {MANIFEST, SEAL, *open_artifact(out).hashes}
-    except ArtifactError:
+        ours = {MANIFEST, SEAL, *_sealed_files(out)}
+    except (ArtifactError, OSError, ValueError, KeyError, TypeError):
         raise ExportError(f"{out} is not empty and holds no artifact; choose another --out") from None
     if foreign := sorted(name for name in held - ours if not (out / name).is_dir()):
         raise ExportError(
             f"{out} holds {foreign[0]}, which is no part of its artifact; move it or choose another --out"
         )
+
+
+def _sealed_files(out: Path) -> Iterable[str]:
+    """The names that an artifact's manifest lists, also one of an earlier schema: exporting again is what replaces it."""
+    try:
+        return open_artifact(out).hashes
+    except ArtifactError:
+        data = (out / MANIFEST).read_bytes()
+        if not (out / SEAL).read_text().startswith(hashlib.sha256(data).hexdigest()):
+            raise
+        return dict(json.loads(data)["files"])
 
 
 def _filled(out: Path) -> bool:

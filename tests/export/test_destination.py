@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import io
+import json
 import os
 import shutil
 import subprocess
@@ -135,6 +137,16 @@ def test_a_place_without_permission_is_told_before_the_work(toy_checkpoint: Path
     with pytest.raises(ExportError, match="Permission denied"):
         export(job(toy_checkpoint, tmp_path / "artifact"), QUIET)
     tmp_path.chmod(0o755)
+
+
+def test_an_artifact_of_an_earlier_schema_may_be_replaced(toy_artifact: Path, tmp_path: Path) -> None:
+    out = shutil.copytree(toy_artifact, tmp_path / "artifact")
+    data = json.dumps({**json.loads((out / "manifest.json").read_text()), "schema": 0}).encode()
+    (out / "manifest.json").write_bytes(data)
+    with pytest.raises(ExportError, match="holds no artifact"):  # its seal is another's
+        check(out)
+    (out / "manifest.json.sha256").write_text(f"{hashlib.sha256(data).hexdigest()}  manifest.json\n")
+    check(out)
 
 
 def test_no_parent_is_left_of_an_export_that_failed(tmp_path: Path) -> None:
