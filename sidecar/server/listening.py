@@ -17,7 +17,7 @@ _OTHER_DESCRIPTORS = 128
 _MOST_CONNECTIONS, _LEAST_CONNECTIONS = 1024, 8
 # Calls that were received and not yet taken up by the event loop. gRPC answers CANCELLED from the first number on, at random,
 # and always from the second; its own 1000 and 3000 are reached by a dozen connections that open and reset calls. One such call
-# holds about 11 kB and 0.11 ms of the loop, so that the second number stands for 180 MB and 1.8 s.
+# holds about 11 kB and takes 0.19 ms, so that the second number stands for 180 MB and 3 s.
 _MAY_WAIT, _MUST_NOT_WAIT = 12_288, 16_384
 _HANDSHAKE_MS = 20_000
 
