@@ -185,8 +185,8 @@ class Settings:
     )
     max_queue_patches: int = setting("patches that may be under way; as --max-queue-items", 262_144, parse=whole)
     max_held_bytes: int = setting(
-        "bytes of requests and embeddings in calls that are not over; beyond it new calls are told to come back, so that "
-        "callers who do not read their answers cannot fill the memory",
+        "bytes of requests, pictures being fetched or decoded, and replies, in calls that are not over; beyond it new calls are "
+        "told to come back, and large pictures wait. docs/operations.md says what a process needs in all",
         1 << 30,
         parse=whole,
     )
