@@ -10,11 +10,19 @@ from sidecar.errors import Overloaded
 
 
 class Memory:
-    """Counts; safe between threads. Who may go beyond `most` is decided where something is taken."""
+    """Counts; safe between threads.
+
+    Attributes:
+        most: the budget. Who may go beyond it is decided where something is taken.
+        held: by calls.
+        decoding: what pictures take while they are decoded. It keeps other pictures waiting and refuses no call: one picture may
+            be larger than the budget.
+    """
 
     def __init__(self, most: int = sys.maxsize) -> None:
         self.most = most
         self.held = 0
+        self.decoding = 0
         self._lock = threading.Lock()
 
     def take(self, size: int) -> None:
@@ -25,8 +33,17 @@ class Memory:
         with self._lock:
             self.held -= size
 
+    def begin_decoding(self, size: int) -> None:
+        with self._lock:
+            self.decoding += size
+
+    def end_decoding(self, size: int) -> None:
+        with self._lock:
+            self.decoding -= size
+
     def fits(self, size: int) -> bool:
-        return self.held + size <= self.most
+        """Whether a picture of so many bytes may be decoded beside all else."""
+        return self.held + self.decoding + size <= self.most
 
     def check(self, size: int, own: int = 0) -> None:
         """Judge whether something that holds `own` bytes already may hold `size` more; alone it always may.
@@ -34,7 +51,7 @@ class Memory:
         Raises:
             Overloaded: if it may not.
         """
-        if self.held > own and not self.fits(size):
+        if self.held > own and self.held + size > self.most:
             raise Overloaded(
                 f"calls in hand hold {self.held} bytes, the limit is {self.most} (max_held_bytes)", retry_after_s=1.0
             )

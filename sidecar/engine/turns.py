@@ -106,7 +106,7 @@ class Turns:
     def prepared(self, turn: Turn) -> None:
         """It is, or has failed in it: no thread is at work on it any more."""
         self._unprepared -= 1
-        self._memory.give(turn.memory_bytes)
+        self._memory.end_decoding(turn.memory_bytes)
         self._large -= turn.memory_bytes > _LARGE_BYTES
         self._give()
 
@@ -172,7 +172,7 @@ class Turns:
 
     def _begin(self, turn: Turn) -> None:
         del self._waiting[turn]
-        self._memory.take(turn.memory_bytes)
+        self._memory.begin_decoding(turn.memory_bytes)
         self._large += turn.memory_bytes > _LARGE_BYTES
         self._begun[turn.client] += 1
         self._begun_patches += turn.work.patches

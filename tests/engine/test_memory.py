@@ -57,14 +57,15 @@ def test_large_pictures_are_decoded_one_after_another_where_memory_is_short(thre
         await begun(tasks, order, queue, large("second", 150 * MB), events[1])
         await begun(tasks, order, queue, large("small", 1 * MB), events[2])
         assert order == ["first", "small"]
-        assert memory.held == 1001 * MB
+        assert (memory.held, memory.decoding) == (100 * MB, 901 * MB)
+        memory.check(200 * MB)  # a picture being decoded refuses no call
         events[0].set()
         await asyncio.sleep(0.01)
         assert order == ["first", "small", "second"]
         for event in events:
             event.set()
         await asyncio.gather(*tasks)
-        assert memory.held == 100 * MB
+        assert (memory.held, memory.decoding) == (100 * MB, 0)
 
     asyncio.run(ask())
 
