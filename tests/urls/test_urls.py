@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import gc
 import gzip
 import socket
 import ssl
@@ -19,7 +20,8 @@ import pytest
 import trustme
 from PIL import Image
 
-from sidecar.errors import EncoderError, TooLarge, UrlRefused, UrlUnreachable
+from sidecar.engine.memory import Memory, Share
+from sidecar.errors import EncoderError, Overloaded, TooLarge, UrlRefused, UrlUnreachable
 from sidecar.urls.addresses import is_public
 from sidecar.urls.fetcher import UrlFetcher, UrlsUnavailable
 from sidecar.urls.forms import decode_data_url
@@ -133,14 +135,19 @@ async def fetching(
 
 
 def fetch_route(
-    authority: trustme.CA, ca: Path, route: bytes | Route, patience_s: float | None = None, **limits: Any
+    authority: trustme.CA,
+    ca: Path,
+    route: bytes | Route,
+    patience_s: float | None = None,
+    room: Callable[[int], None] = lambda size: None,
+    **limits: Any,
 ) -> bytes:
     """What comes from a site with that one answer."""
 
     async def run() -> bytes:
         async with serving(authority) as site, fetching(site.allowed(), ca=ca, **limits) as fetcher:
             site.routes["/"] = route
-            return await fetcher.fetch(site.url("/"), patience_s)
+            return await fetcher.fetch(site.url("/"), patience_s, room)
 
     return asyncio.run(run())
 
@@ -514,6 +521,17 @@ def test_a_download_without_end_is_dropped_at_the_limit(authority: trustme.CA, c
         fetch_route(authority, ca, endless, max_bytes=1_000_000)
     with pytest.raises(UrlUnreachable):
         fetch_route(authority, ca, endless_header)
+
+
+def test_what_is_fetched_is_held_against_the_budget_while_it_comes(authority: trustme.CA, ca: Path) -> None:
+    memory = Memory(5_000_000)
+    memory.take(1_000_000)  # somebody else's
+    with pytest.raises(Overloaded, match="max_held_bytes") as raised:
+        fetch_route(authority, ca, endless, room=Share(memory).add)
+    assert raised.value.retry_after_s > 0
+    del raised
+    gc.collect()
+    assert memory.held == 1_000_000
 
 
 def test_a_server_that_drips_is_left_when_the_time_is_over(authority: trustme.CA, ca: Path) -> None:
