@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -42,8 +43,11 @@ def memory_group(limit_bytes: int) -> Iterator[MemoryGroup]:
     try:
         yield group
     finally:
-        with suppress(OSError):  # what was killed is still on its way out
-            group.path.rmdir()
+        for _ in range(100):  # what has ended may still be on its way out
+            with suppress(OSError):
+                group.path.rmdir()
+                break
+            time.sleep(0.05)
 
 
 def _make(limit_bytes: int) -> MemoryGroup:
