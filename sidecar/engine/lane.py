@@ -18,21 +18,19 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 
-import numpy as np
-
 from sidecar.engine.circuit_breaker import CircuitBreaker
 from sidecar.engine.cost import NOTHING, CostModel, Work, attention_share
+from sidecar.engine.execution import carry_out
 from sidecar.engine.fair_queue import FairQueue
 from sidecar.engine.load_meter import LoadMeter
 from sidecar.engine.observer import Observer
-from sidecar.engine.self_test import SelfTest, SelfTestError, blank
+from sidecar.engine.self_test import SelfTest, SelfTestError
 from sidecar.engine.status import LaneIdentity, LaneStatus
 from sidecar.engine.store import Draft
 from sidecar.engine.ticket import LaneOut, Ran, Ticket, work_of
 from sidecar.engine.watchdog import STEP_S, Run, Watchdog
 from sidecar.errors import CannotFinish, EncoderError, LaneFault, ShuttingDown
 from sidecar.runtimes.base import Runtime
-from sidecar.vision.dtypes import all_finite
 from sidecar.vision.pixels import Patches
 from sidecar.vision.spec import TowerSpec
 
@@ -307,7 +305,7 @@ class Lane:
     def _attempt(self, run: Run, tickets: list[Ticket]) -> dict[Ticket, EncoderError]:
         """Run some of a run's items, and answer those that come out well. Returns the others, and what is to be said of them."""
         try:
-            failed = self._run(run, tickets)
+            failed = carry_out(run, tickets, self.runtime, self._tower, self.identity, self._count)
             if not failed:
                 return {}
             what = "values that are not finite"
@@ -328,52 +326,6 @@ class Lane:
             self._last_error = what
         for ticket in tickets[:1]:
             ticket.tell(self._observer.run_failed, self.identity.name)
-
-    def _run(self, run: Run, tickets: list[Ticket]) -> dict[Ticket, EncoderError]:
-        """Returns the items whose rows are not finite."""
-        started = time.monotonic()
-        patches = [ticket.patches for ticket in tickets if ticket.patches is not None]
-        if len(patches) < len(tickets):  # a caller has gone in this very moment
-            patches = [ticket.patches or blank(ticket.grid, self._tower) for ticket in tickets]
-        grids = [ticket.grid for ticket in tickets]
-        drafts: list[Draft] = []
-        try:
-            if len(tickets) == 1:
-                # Straight into the store's file.
-                drafts.append(tickets[0].draft())
-                self.runtime.run(patches[0].values, grids, drafts[0].rows)
-                rows = [drafts[0].rows]
-            else:
-                together = np.concatenate([item.values for item in patches])
-                whole = self.runtime.encode(together, grids, self._tower)
-                ends = np.cumsum([grid.tokens(self._tower) for grid in grids])
-                rows = np.split(whole, ends[:-1])
-            if run.abandoned:
-                return {}
-            ran_at = time.monotonic()
-            self._count(tickets, started, ran_at)
-            failed: dict[Ticket, EncoderError] = {}
-            for number, ticket in enumerate(tickets):
-                if not all_finite(rows[number], self.output_dtype):
-                    failed[ticket] = LaneFault(
-                        "the embedding is not finite; the input or the artifact's precision is out of range"
-                    )
-                    continue
-                if len(tickets) > 1:
-                    drafts.append(ticket.draft())
-                    drafts[-1].rows[:] = rows[number]
-                self._deliver(ticket, drafts[-1], started, ran_at)
-            return failed
-        finally:
-            for draft in drafts:
-                draft.discard()
-
-    def _deliver(self, ticket: Ticket, draft: Draft, started: float, ran_at: float) -> None:
-        begun = time.monotonic()
-        entry = draft.publish(self.identity)
-        took_ms = (time.monotonic() - begun) * 1e3
-        queue_ms = (started - ticket.queued_at) * 1e3
-        ticket.answer(Ran(draft.rows, entry, queue_ms, (ran_at - started) * 1e3, took_ms))
 
     def _self_test_error(self) -> str:
         """Why the self-test fails; empty if it passes."""
