@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import platform
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from export.accuracy import BARS, measure, reference_embeddings
 from export.checkpoint import Checkpoint, open_checkpoint
 from export.onnx import write_onnx
 from export.openvino import write_openvino
+from export.samples import REFERENCES, Sample, samples
 from export.synthetic import make_checkpoint
 from export.torch import write_torch
 from export.weights import load_tower
+from sidecar.engine.cost import CostModel
+from sidecar.engine.self_test import SelfTest, SelfTestError
 from sidecar.runtimes.base import Load, Runtime, RuntimeFault
 from sidecar.runtimes.loading import load_runtime
 from sidecar.runtimes.onnx import multiplies_bytes_exactly
-from sidecar.vision.dtypes import DType, to_float32
+from sidecar.vision.dtypes import DType, from_float32, to_float32
 from sidecar.vision.grid import Grid
+from sidecar.vision.reference import Reference
 from sidecar.vision.windows import plan_windows
 
 WRITERS = {"openvino": (write_openvino, ".xml"), "onnx": (write_onnx, ".onnx"), "torch": (write_torch, ".safetensors")}
@@ -153,3 +159,44 @@ def test_int8_products_are_refused_where_they_would_saturate(tmp_path: Path) -> 
     new.write_text("flags : fpu avx2 avx512_vnni\n")
     assert multiplies_bytes_exactly(new)
     assert multiplies_bytes_exactly(old) == (platform.machine() != "x86_64")
+
+
+@pytest.fixture(scope="module")
+def sealed_items(checkpoint: Checkpoint) -> tuple[list[Sample], list[Reference]]:
+    """What export seals."""
+    picked = [sample for sample in samples(checkpoint.tower, checkpoint.pixels) if sample.name in REFERENCES]
+    rows = reference_embeddings(checkpoint, picked, lambda: None)
+    return picked, [Reference(sample.patches, found) for sample, found in zip(picked, rows, strict=True)]
+
+
+@pytest.mark.parametrize("name", WRITERS)
+@pytest.mark.parametrize("precision", ["f32", "bf16"])
+@pytest.mark.parametrize("dtype", [DType.FLOAT32, DType.BFLOAT16, DType.FLOAT16])
+def test_every_runtime_is_held_to_the_sealed_reference(
+    checkpoint: Checkpoint,
+    graphs: dict[str, Path],
+    sealed_items: tuple[list[Sample], list[Reference]],
+    name: str,
+    precision: str,
+    dtype: DType,
+) -> None:
+    """It passes in every dtype of its rows, and fails where they are one percent too large."""
+    tower = checkpoint.tower
+    picked, references = sealed_items
+    rows = [reference.rows for reference in references]
+    exporting = load(checkpoint, graphs[name], name, precision, DType.FLOAT32 if precision == "f32" else DType.BFLOAT16)
+    _, sealed = measure(exporting, tower, picked, rows, BARS[precision], lambda: None)
+    runtime = load(checkpoint, graphs[name], name, precision, dtype)
+    assert runtime.version
+    test = SelfTest(runtime, tower, references, sealed)
+    test.warm_up(CostModel(), 0.0)
+    assert test.passed
+    whole = runtime.run
+
+    def enlarged(patches: np.ndarray, grids: list[Grid], out: np.ndarray) -> None:
+        whole(patches, grids, out)
+        out[:] = from_float32(to_float32(out, dtype) * np.float32(1.01), dtype)
+
+    runtime.run = enlarged  # type: ignore[method-assign, assignment]
+    with pytest.raises(SelfTestError, match=f"^{name} {re.escape(runtime.version)} on "):
+        test.run()
