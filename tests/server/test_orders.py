@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, cast
 
@@ -23,7 +24,7 @@ class Web:
     def __init__(self, *contents: bytes) -> None:
         self._contents = iter(contents)
 
-    async def fetch(self, url: str, timeout_s: float | None) -> bytes:
+    async def fetch(self, url: str, timeout_s: float | None, room: Callable[[int], None]) -> bytes:
         assert url == URL
         return next(self._contents)
 
