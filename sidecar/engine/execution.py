@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from sidecar.engine.self_test import blank
 from sidecar.engine.status import LaneIdentity
 from sidecar.engine.store import Draft
 from sidecar.engine.ticket import Ran, Ticket
@@ -39,9 +38,11 @@ def carry_out(
         BaseException: whatever the runtime raises; no item has been answered then.
     """
     started = time.monotonic()
-    patches = [ticket.patches for ticket in tickets if ticket.patches is not None]
-    if len(patches) < len(tickets):  # a caller has gone in this very moment
-        patches = [ticket.patches or blank(ticket.grid, tower) for ticket in tickets]
+    # A caller may go in any moment, and take the patches along.
+    wanted = [(ticket, given) for ticket in tickets if (given := ticket.patches) is not None]
+    if not wanted:
+        return {}
+    tickets, patches = [ticket for ticket, _ in wanted], [given for _, given in wanted]
     grids = [ticket.grid for ticket in tickets]
     drafts: list[Draft] = []
     try:
