@@ -30,6 +30,11 @@ _MOST_TAGS = 4096
 _MOST_NUMBERS = 1 << 17
 _MOST_PIECES = 1 << 15  # strips or tiles: one row each of a picture of 32,768 rows
 _PIECES = frozenset((273, 279, 324, 325))
+_WIDTH, _HEIGHT, _TILE_WIDTH, _TILE_HEIGHT = 256, 257, 322, 323
+_SIDES = frozenset((_WIDTH, _HEIGHT, _TILE_WIDTH, _TILE_HEIGHT))
+# A decoder holds a whole tile and decodes all of it, however small the part of the picture in it.
+_MOST_PADDING = 4
+_MOST_PADDED_PIXELS = 1 << 22
 _SUB_DIRECTORIES = frozenset((0x8769, 0x8825, 0xA005))
 _MOST_DIRECTORIES = 8
 _TAG_BYTES = (0, 1, 1, 2, 4, 8, 1, 1, 2, 4, 8, 4, 8, 4, 0, 0, 8, 8, 8)
@@ -72,6 +77,7 @@ def _check_directories(block: bytes, start: int, order: str, big: bool, what: st
     count_of, entry = (("Q", "HHQQ"), ("H", "HHII"))[not big]
     width = struct.calcsize("=" + entry)
     held = numbers = tags = 0
+    sides: dict[int, set[int]] = {tag: set() for tag in _SIDES}
     directories = [start]
     for directory in directories:
         (count,) = struct.unpack_from(order + count_of, block, directory)
@@ -89,8 +95,36 @@ def _check_directories(block: bytes, start: int, order: str, big: bool, what: st
                     f"{what} has more tags or more strips or tiles than can be read in good time; save it again, in strips of "
                     "many rows or tiles of 256×256"
                 )
+            if tag in _SIDES and length == 1:
+                sides[tag].add(_number(block, at, order, kind, value, big))
             if tag in _SUB_DIRECTORIES and len(directories) < _MOST_DIRECTORIES:
                 directories.append(value)
+    _check_tiles(sides, what)
+
+
+def _number(block: bytes, at: int, order: str, kind: int, value: int, big: bool) -> int:
+    """The single integer of the entry at `at`: in the entry itself if it fits there, else where `value` points."""
+    size = _TAG_BYTES[kind] if kind < len(_TAG_BYTES) else 0
+    inside = at + (12 if big else 8)
+    room = 8 if big else 4
+    number = {1: "B", 2: "H", 4: "I", 8: "Q"}.get(size)
+    return struct.unpack_from(order + number, block, inside if size <= room else value)[0] if number else 0
+
+
+def _check_tiles(sides: dict[int, set[int]], what: str) -> None:
+    """Readers disagree about which of two equal tags counts, so the largest tile is judged against the smallest picture."""
+    if not all(sides.values()):
+        return
+    width, height = min(sides[_WIDTH]), min(sides[_HEIGHT])
+    tile_width, tile_height = max(sides[_TILE_WIDTH]), max(sides[_TILE_HEIGHT])
+    if tile_width == 0 or tile_height == 0:
+        return
+    padded = -(-width // tile_width) * tile_width * -(-height // tile_height) * tile_height
+    if padded > max(_MOST_PADDING * width * height, _MOST_PADDED_PIXELS):
+        raise PixelError(
+            f"{what} has tiles of {tile_width}×{tile_height} pixels for a picture of {width}×{height}, which would take far "
+            "more memory than the picture; save it again, in tiles of 256×256"
+        )
 
 
 def _check_png(data: bytes) -> None:

@@ -103,7 +103,9 @@ def image_header(data: bytes, *, max_image_pixels: int = MAX_IMAGE_PIXELS) -> He
     """What the header states; no pixel is decoded. Raises as `load_image`."""
     image = _open(data, max_image_pixels)
     _check_work(image, data, f"the {image.format} image of {image.width}×{image.height} pixels")
-    return Header(image.height, image.width, image.width * image.height * _bytes_per_pixel(image))
+    pixels = image.width * image.height
+    padding = max(0, _tile_pixels(image) - pixels) * _DECODER_BYTES["TIFF"]
+    return Header(image.height, image.width, pixels * _bytes_per_pixel(image) + padding)
 
 
 def image_size(data: bytes, *, max_image_pixels: int = MAX_IMAGE_PIXELS) -> tuple[int, int]:
@@ -201,6 +203,15 @@ def _pieces(image: ImageFile.ImageFile) -> int:
         return 1
     tags: Any = image.tag_v2  # type: ignore[attr-defined]
     return max(1, *(len(offsets) for tag in (273, 324) if isinstance(offsets := tags.get(tag), tuple)), 1)
+
+
+def _tile_pixels(image: ImageFile.ImageFile) -> int:
+    """Pixels of one tile of a TIFF, which is decoded whole, even where it is larger than the picture."""
+    if image.format != "TIFF":
+        return 0
+    tags: Any = image.tag_v2  # type: ignore[attr-defined]
+    width, height = tags.get(322), tags.get(323)
+    return width * height if isinstance(width, int) and isinstance(height, int) else 0
 
 
 def _raw_profile(image: Image.Image) -> bytes | None:

@@ -137,3 +137,38 @@ def test_what_decoding_holds_is_known_from_the_header() -> None:
     assert image_header(encoded(image, "JPEG", progressive=True)).decode_bytes > plain >= 4 * 10_000
     assert image_header(encoded(image.convert("RGBA"), "PNG")).decode_bytes >= 12 * 10_000
     assert image_header(encoded(image, "WEBP")).decode_bytes >= 16 * 10_000
+
+
+def tiled_tiff(side: int, tile: int, *more: tuple[int, int, list[int]]) -> bytes:
+    """An RGB TIFF of one deflated tile."""
+    pixels = zlib.compress(bytes(tile * tile * 3), 9)
+    plain = [
+        (256, 4, [side]),
+        (257, 4, [side]),
+        (258, 3, [8, 8, 8]),
+        (259, 3, [8]),
+        (262, 3, [2]),
+        (277, 3, [3]),
+        (284, 3, [1]),
+    ]
+    tiling = [(322, 4, [tile]), (323, 4, [tile]), *more, (325, 4, [len(pixels)])]
+    start = len(tags([*plain, *tiling, (324, 4, [0])]))
+    return tags(sorted([*plain, *tiling, (324, 4, [start])], key=lambda entry: entry[0]), pixels)
+
+
+@pytest.mark.parametrize(
+    "more", [(), ((322, 4, [64]), (323, 4, [64]))], ids=["one tile", "with a second, smaller size"]
+)
+def test_a_tiff_of_tiles_far_larger_than_its_picture_is_refused(more: tuple[tuple[int, int, list[int]], ...]) -> None:
+    """A decoder holds whole tiles: one of 24,000 × 24,000 took 1.7 GB for a picture of 64 × 64."""
+    data = tiled_tiff(64, 4096, *more)
+    with pytest.raises(PixelError, match="tiles of 4096×4096"):
+        image_header(data)
+    with pytest.raises(PixelError, match="tiles of 4096×4096"):
+        decode_image(data)
+
+
+def test_a_tiff_of_usual_tiles_around_a_small_picture_is_taken_and_its_tile_counted() -> None:
+    small, padded = tiled_tiff(64, 64), tiled_tiff(64, 512)
+    assert decode_image(padded).shape == (64, 64, 3)
+    assert image_header(padded).decode_bytes > image_header(small).decode_bytes + 3 * 512 * 512
