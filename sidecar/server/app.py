@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
+import stat
 import sys
 import threading
 import time
@@ -139,6 +140,7 @@ class _App:
         if settings.tls_cert and settings.tls_key:
             credentials = server_credentials(settings.tls_cert, settings.tls_key, settings.tls_client_ca)
         _warn_of_plaintext(settings, encrypted=credentials is not None)
+        _warn_of_open_sockets(settings)
         mode = int(settings.socket_mode, 8)
         return server, [bind(server, address, credentials, mode) for address in settings.listen]
 
@@ -194,9 +196,16 @@ class _App:
         )
         if self._reload_asked:
             self._reloader.ask()
-        async with _background(
-            self._reloader.run(), self._watch_lanes(), self._receiver.watch(), self._metrics.watch_loop(), self._trim()
-        ):
+        watched = [
+            self._reloader.run(),
+            self._watch_lanes(),
+            self._receiver.watch(),
+            self._metrics.watch_loop(),
+            self._trim(),
+        ]
+        if self._tokens:
+            watched.append(self._tokens.watch())
+        async with _background(*watched):
             await self._stop.wait()
         if self._trials:  # a reload is in vain, and its compiler would take the processor from what is drained
             self._trials.stop()
@@ -327,6 +336,17 @@ def _warn_of_plaintext(settings: Settings, *, encrypted: bool) -> None:
         "only callers of yours reach it (a network policy, a mesh, --listen with a loopback address)",
         ", ".join(reachable),
     )
+
+
+def _warn_of_open_sockets(settings: Settings) -> None:
+    """Warn of a socket that every user of this host may use, unless a token is wanted of each call."""
+    sockets = [address for address in settings.listen if address.startswith("unix:")]
+    if sockets and not settings.token_file and int(settings.socket_mode, 8) & stat.S_IRWXO:
+        logger.warning(
+            "--socket-mode %s lets every user of this host call over %s: use 0600, or 0660 for a group, or give --token-file",
+            settings.socket_mode,
+            ", ".join(sockets),
+        )
 
 
 @asynccontextmanager

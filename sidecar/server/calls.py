@@ -65,10 +65,18 @@ class Call:
         self.hold(size)
 
     def hold(self, size: int) -> None:
-        """Hold an embedding's bytes until the call is over."""
+        """Count bytes against the budget until `give_back`, or the end of the call."""
         self.held_bytes += size
         self.calls.memory.take(size)
         self.calls.held_by[self.caller.client] += size
+
+    def give_back(self, size: int) -> None:
+        """Return bytes that the call no longer holds to the budget."""
+        self.held_bytes -= size
+        self.calls.memory.give(size)
+        self.calls.held_by[self.caller.client] -= size
+        if not self.calls.held_by[self.caller.client]:
+            del self.calls.held_by[self.caller.client]
 
     async def abort(self, error: EncoderError) -> NoReturn:
         """End the call with an error."""
@@ -156,10 +164,7 @@ class Calls:
             finally:
                 self._under_way.discard(call)
                 self._ended.set()
-                self.memory.give(call.held_bytes)
-                self.held_by[caller.client] -= call.held_bytes
-                if not self.held_by[caller.client]:
-                    del self.held_by[caller.client]
+                call.give_back(call.held_bytes)
                 record.ms = (time.perf_counter() - started) * 1e3
                 record.log(logger)
                 self.metrics.request(method, record.code, record.ms / 1e3)

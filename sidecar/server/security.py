@@ -3,7 +3,8 @@
 Certificates, keys and tokens are read again at each new connection and each call: they are a few kilobytes, and no time
 stamp can then hide a change. What came in their place is checked first. Certificates that will not do leave those read before
 in use. Tokens fail closed: a token file that is gone, unreadable, broken or empty lets nobody in, after two seconds in which
-somebody may still be writing it. The log says why, once.
+somebody may still be writing it. It is also looked at once a second, so that those seconds do not begin only with the next call.
+The log says why, once.
 
 Tokens are asked of each call as it begins: one that is withdrawn does not end a stream under way. They are worth no more
 than the wire is private: without TLS, only for unix sockets, loopback, and networks that encrypt by themselves.
@@ -11,6 +12,7 @@ than the wire is private: without TLS, only for unix sockets, loopback, and netw
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
 import logging
@@ -40,6 +42,7 @@ _Continuation = Callable[[grpc.HandlerCallDetails], Awaitable[Any]]
 _MOST_BYTES = 1 << 20
 # An editor that writes in place leaves a file empty or cut for a moment.
 _GRACE_S = 2.0
+_WATCH_S = 1.0
 # Kubernetes' probes cannot send tokens, and learn nothing but that the server is there.
 _HEALTH = "/grpc.health.v1.Health/"
 # What a token file's mode may not have: reading and writing by others, and writing by the group. The group may read it:
@@ -106,6 +109,12 @@ class BearerTokens:
             if hmac.compare_digest(digest, known):
                 found = name
         return found
+
+    async def watch(self) -> None:
+        """Read the file once a second, until cancelled: tokens withdrawn while nobody calls are not let in later."""
+        while True:
+            await asyncio.sleep(_WATCH_S)
+            await asyncio.to_thread(self._tokens.value)
 
 
 class TokenInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in the stubs alone
@@ -275,14 +284,22 @@ def _read_guarded(path: Path) -> bytes:
 
 def _read(path: Path, flag: str, forbidden: int = 0) -> bytes:
     try:
-        with path.open("rb") as file:
-            mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+        # Not blocking: opening a FIFO would wait for a writer.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            found = os.fstat(descriptor).st_mode
+            if not stat.S_ISREG(found):
+                raise SecurityError(f"{flag}: {path} cannot be read: it is not a regular file")
+            mode = stat.S_IMODE(found)
             if mode & forbidden:
                 raise SecurityError(
                     f"{flag}: {path} is open to other users (mode {mode:04o}): chmod 0600 or 0440; in Kubernetes, "
                     "defaultMode: 0440 of the secret's volume and fsGroup of the pod"
                 )
-            content = file.read(_MOST_BYTES + 1)
+            with os.fdopen(descriptor, "rb", closefd=False) as file:
+                content = file.read(_MOST_BYTES + 1)
+        finally:
+            os.close(descriptor)
     except OSError as error:
         raise SecurityError(f"{flag}: {path} cannot be read: {error.strerror}") from error
     if len(content) > _MOST_BYTES:

@@ -36,13 +36,26 @@ Context = grpc.aio.ServicerContext[bytes, bytes]
 
 @dataclass(frozen=True, slots=True)
 class _Answer:
-    """One item's outcome: an embedding under its key, with where it lies or its rows, or why there is none."""
+    """One item's outcome: an embedding under its key, with where it lies or its rows, or why there is none.
+
+    `held_bytes`: what the call holds for it until its last part is sent.
+    """
 
     index: int
     key: str = ""
     encoded: Encoded | None = None
     file: encoder_pb2.File | None = None
     fault: Fault | None = None
+    held_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Hit:
+    """An item that the store had when the request was read. It is leased or mapped only when its turn to be sent comes."""
+
+    index: int
+    named: Named
+    encoded: Encoded
 
 
 class EncoderService:
@@ -111,17 +124,23 @@ class EncoderService:
             del message  # the parsed request is a copy
             stored = request.delivery == encoder_pb2.STORED
             call.record.items = len(request.items)
-            known: list[_Answer] = []
+            known: list[_Hit | _Answer] = []
             tasks: list[asyncio.Task[_Answer]] = []
             try:
                 for index, item in enumerate(request.items):
                     # What can be named at once, and is in the store, needs no task.
-                    answer = self._known(index, item, stored, call) if quick else None
-                    if answer is not None:
-                        known.append(answer)
+                    found = self._known(index, item, call) if quick else None
+                    if found is not None:
+                        known.append(found)
                     else:
                         tasks.append(asyncio.create_task(self._encoded(index, item, stored, call)))
-                for answer in known:
+                for found in known:
+                    # One at a time, so that a caller who does not read holds one embedding and not all of them.
+                    answer = self._hit(found, stored, call) if isinstance(found, _Hit) else found
+                    if answer is None:  # evicted meanwhile
+                        item = request.items[found.index]
+                        tasks.append(asyncio.create_task(self._encoded(found.index, item, stored, call)))
+                        continue
                     for part in self._parts(answer, call):
                         yield part
                 for finished in asyncio.as_completed(tasks):
@@ -132,16 +151,19 @@ class EncoderService:
                 for task in tasks:
                     task.cancel()
 
-    def _known(self, index: int, item: encoder_pb2.Item, stored: bool, call: Call) -> _Answer | None:
-        """An item that the store has, or that has no name."""
+    def _known(self, index: int, item: encoder_pb2.Item, call: Call) -> _Hit | _Answer | None:
+        """An item that the store has, or the fault of one that has no name; else None."""
         if item.HasField("url"):
             return None
         try:
             named = Named(item)
             known = call.model.scheduler.known(named.name)
-            return self._delivered(index, named, known, stored, call) if known else None
+            return _Hit(index, named, known) if known else None
         except EncoderError as error:
             return _Answer(index, fault=fault_of(error))
+
+    def _hit(self, hit: _Hit, stored: bool, call: Call) -> _Answer | None:
+        return self._delivered(hit.index, hit.named, hit.encoded, stored, call)
 
     def _fetched(self, index: int, key: str, stored: bool, call: Call) -> _Answer:
         known = call.model.scheduler.known(name_to_fetch(key))
@@ -180,9 +202,10 @@ class EncoderService:
             return None
         if store and named.key_name:
             store.use_key(named.key_name, named.name, entry)
-        # From here on: a caller who does not read keeps it, also where the store has dropped it.
-        call.hold(encoded.rows.nbytes)
-        return _Answer(index, named.key, encoded)
+        # Rows of the store are a mapping of its file, which all callers share and the store's capacity bounds.
+        held_bytes = 0 if entry else encoded.rows.nbytes
+        call.hold(held_bytes)
+        return _Answer(index, named.key, encoded, held_bytes=held_bytes)
 
     def _parts(self, answer: _Answer, call: Call) -> Iterator[bytes]:
         """What the stream carries for one item."""
@@ -194,6 +217,10 @@ class EncoderService:
         yield wire.embedding(answer.index, answer.key, answer.encoded, answer.file)
         if answer.file is None:
             assert answer.encoded.rows is not None
+            # gRPC keeps a copy of one chunk while the caller does not read.
+            chunk_bytes = min(wire.CHUNK_BYTES, answer.encoded.rows.nbytes)
+            call.hold(chunk_bytes)
             for part in wire.chunks(answer.index, answer.encoded.rows):
                 call.record.bytes_out += len(part)
                 yield part
+            call.give_back(chunk_bytes + answer.held_bytes)

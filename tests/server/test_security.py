@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import subprocess
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -23,7 +24,8 @@ from sidecar.__main__ import main
 from sidecar.client import AsyncEncoderClient, EncodeError, EncoderClient
 from sidecar.credentials import CredentialsError, client_credentials, named_tokens, read_token
 from sidecar.pb import encoder_pb2 as pb
-from sidecar.server.app import _warn_of_plaintext
+from sidecar.server import security
+from sidecar.server.app import _warn_of_open_sockets, _warn_of_plaintext
 from sidecar.server.security import BearerTokens, SecurityError, TokenInterceptor, server_credentials
 from sidecar.settings import Settings
 
@@ -209,7 +211,7 @@ def test_certificates_that_will_not_do_are_told_by_their_flags(
         (nowhere, ours.key, None, r"^--tls-cert: \S+ cannot be read: No such file"),
         (ours.cert, nowhere, None, r"^--tls-key: \S+ cannot be read: No such file"),
         (ours.cert, ours.key, nowhere, r"^--tls-client-ca: \S+ cannot be read: No such file"),
-        (ours.cert, tmp_path, None, r"^--tls-key: \S+ cannot be read: Is a directory"),
+        (ours.cert, tmp_path, None, r"^--tls-key: \S+ cannot be read: it is not a regular file"),
         (junk, ours.key, None, "^--tls-cert: the file holds no certificate"),
         (damaged, ours.key, None, "^--tls-cert or --tls-key: the file is damaged"),
         (ours.cert, junk, None, "^--tls-key: the file holds no private key"),
@@ -339,6 +341,7 @@ def test_tokens_are_replaced_while_the_server_runs(token_file: Path, caplog: pyt
         (lambda path: path.write_text(""), "no token"),
         (lambda path: path.chmod(0o644), "mode 0644"),
         (lambda path: path.unlink(), "No such file"),
+        (lambda path: (path.unlink(), os.mkfifo(path, 0o600)), "not a regular file"),
     ],
 )
 def test_a_token_file_that_will_not_do_lets_nobody_in(
@@ -361,9 +364,36 @@ def test_a_token_file_that_will_not_do_lets_nobody_in(
     assert (warning.levelno, error.levelno) == (logging.WARNING, logging.ERROR)
     assert words in warning.getMessage() and words in error.getMessage()
     assert "too-few" not in caplog.text
+    token_file.unlink(missing_ok=True)
     token_file.write_text(content)
     token_file.chmod(0o600)
     assert tokens.name_of(metadata) == "alice", "mended, it is taken up"
+
+
+def test_a_token_that_is_withdrawn_while_nobody_calls_is_not_let_in_by_the_next_call(
+    token_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(security, "_WATCH_S", 0.001)
+    now = 0.0
+    looks: list[float] = []
+
+    def clock() -> float:
+        looks.append(now)
+        return now
+
+    tokens = BearerTokens(token_file, clock=clock)
+    token_file.unlink()
+
+    async def idle() -> None:
+        nonlocal now
+        watching = asyncio.create_task(tokens.watch())
+        while not looks:  # the file's absence is noticed although nobody calls
+            await asyncio.sleep(0.001)
+        now = 2.1
+        watching.cancel()
+
+    asyncio.run(asyncio.wait_for(idle(), 10))
+    assert tokens.name_of([("authorization", f"Bearer {ALICE}")]) is None
 
 
 def test_a_token_file_that_is_being_written_turns_nobody_away(token_file: Path) -> None:
@@ -415,6 +445,24 @@ def test_an_open_port_in_plain_text_is_warned_of(
     assert [words in record.getMessage() for record in caplog.records] == ([True] if words else [])
     _warn_of_plaintext(settings, encrypted=True)
     assert len(caplog.records) == bool(words)
+
+
+@pytest.mark.parametrize(
+    ("mode", "listen", "tokens", "warned"),
+    [
+        ("0600", "unix:/run/epd.sock", None, False),
+        ("0660", "unix:/run/epd.sock", None, False),
+        ("0777", "unix:/run/epd.sock", None, True),
+        ("0662", "unix:/run/epd.sock", None, True),
+        ("0777", "unix:/run/epd.sock", Path("tokens"), False),
+        ("0777", "127.0.0.1:1", None, False),
+    ],
+)
+def test_a_socket_that_every_user_may_use_is_warned_of(
+    mode: str, listen: str, tokens: Path | None, warned: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    _warn_of_open_sockets(Settings(artifact=Path("a"), listen=(listen,), socket_mode=mode, token_file=tokens))
+    assert [f"--socket-mode {mode}" in record.getMessage() for record in caplog.records] == [True] * warned
 
 
 @pytest.mark.parametrize(
