@@ -103,6 +103,9 @@ def run(arguments: argparse.Namespace) -> int:
                 raise ValueError(f"{target}: there is no directory {target.parent}")
             if target.is_dir():
                 raise ValueError(f"{target}: is a directory")
+            # A file that appears whole takes the place of what has its name: of a device, too.
+            if target.exists() and not target.is_file():
+                raise ValueError(f"{target} is not a regular file")
     except ValueError as error:
         print_error(str(error))
         return BAD_ARGUMENTS

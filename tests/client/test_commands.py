@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -196,6 +197,17 @@ def test_a_file_that_cannot_be_written_whole_leaves_the_old_one(server, tmp_path
 def test_a_target_that_cannot_be_is_found_out_before_anything_is_encoded(server, tmp_path, option, capsys):
     assert run("encode", CAT, "--server", server.address, option, tmp_path / "none" / "file") == 2
     assert "there is no directory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--out", "--picture"])
+def test_a_target_that_is_no_regular_file_stays_as_it_is(server, tmp_path, option, capsys):
+    target = tmp_path / "pipe"
+    os.mkfifo(target)
+    reading = os.open(target, os.O_RDONLY | os.O_NONBLOCK)  # so that writing into it would not wait
+    assert run("encode", CAT, "--server", server.address, option, target) == 2
+    os.close(reading)
+    assert f"{target} is not a regular file" in capsys.readouterr().err
+    assert target.is_fifo()
     assert server.requests == []
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+from stores import small_file_system
+
 from sidecar.runtimes import cache
 
 
@@ -27,3 +30,24 @@ def test_a_model_compiled_again_is_recorded_anew(tmp_path: Path) -> None:
         cache.record(tmp_path)
         cache.discard_changed(tmp_path)
         assert blob.read_bytes() == content
+
+
+@pytest.mark.parametrize("damage", [b"", b"\xff\xfe\x00", b"0" * 64])
+def test_a_model_whose_record_is_damaged_goes(tmp_path: Path, damage: bytes) -> None:
+    blob = tmp_path / "a.blob"
+    blob.write_bytes(b"model")
+    cache.record(tmp_path)
+    (tmp_path / "a.blob.sha256").write_bytes(damage)
+    cache.discard_changed(tmp_path)
+    assert not blob.exists()
+
+
+def test_a_full_disk_is_warned_of_and_ends_no_start(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with small_file_system(tmp_path / "full") as full:
+        (full / "a.blob").write_bytes(b"model")
+        with pytest.raises(OSError, match="No space left"):
+            (full / "rest.tried").write_bytes(bytes(1 << 21))
+        cache.record(full)
+        assert "compiled again at the next start" in caplog.text
+        cache.discard_changed(full)
+        assert not (full / "a.blob").exists()
