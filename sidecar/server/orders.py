@@ -140,5 +140,9 @@ class Orders:
     async def _fetched(self, item: encoder_pb2.Item, share: Share) -> encoder_pb2.Item:
         if self._fetcher is None:
             raise InvalidItem("this server takes no URLs; send the picture's bytes (or start it with --url-input)")
-        data = await self._fetcher.fetch(item.url, None, share.add)
+        url = item.url
+        # A data: URL may be as long as a message. Beside what comes of it there are, until then, its text and the picture twice.
+        copies = Share(self._memory)
+        copies.add(2 * len(url))
+        data = await self._fetcher.fetch(url, None, share.add)
         return encoder_pb2.Item(key=item.key, image=data, min_pixels=item.min_pixels, max_pixels=item.max_pixels)

@@ -11,6 +11,7 @@ from typing import Any, cast
 import pytest
 from google.protobuf.message import Message
 
+from sidecar.engine.memory import Memory
 from sidecar.pb import encoder_pb2 as pb
 from sidecar.server.contents import Preprocessor
 from sidecar.server.orders import QUICK_BYTES, Named, Orders
@@ -45,6 +46,25 @@ def test_a_url_is_known_by_what_it_leads_to_now(key: str) -> None:
     first, second, again = names(pb.Item(key=key, url=URL), b"one", b"another", b"one")
     assert first == again != second
     assert first == Named(pb.Item(key=key, image=b"one")).name
+
+
+def test_the_copies_of_a_long_url_are_counted_while_it_is_fetched_and_no_longer() -> None:
+    memory = Memory(1 << 30)
+    held: list[int] = []
+
+    class Data:
+        async def fetch(self, url: str, timeout_s: float | None, room: Callable[[int], None]) -> bytes:
+            held.append(memory.held)
+            return b"picture"
+
+    async def ask() -> None:
+        with ThreadPoolExecutor(1) as threads:
+            orders = Orders(cast(Preprocessor, None), threads, threads, Data(), memory)
+            await orders.named(pb.Item(url="data:" + "A" * 1_000_000))
+
+    asyncio.run(ask())
+    assert held[0] >= 2_000_000
+    assert memory.held == 0
 
 
 def test_what_is_large_is_hashed_elsewhere_than_on_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,8 @@ import socket
 import ssl
 import subprocess
 import sys
+import time
+import tracemalloc
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import asynccontextmanager
 from io import BytesIO
@@ -628,6 +630,49 @@ def test_a_data_url_may_be_as_large_as_a_download_and_no_larger() -> None:
         assert decode_data_url(url, max_bytes=length) == picture
         with pytest.raises(TooLarge, match=f"over {length - 1} bytes"):
             decode_data_url(url, max_bytes=length - 1)
+
+
+@pytest.mark.parametrize("mark", ["", "\n", "%0A", "%0d%0a"])
+def test_a_data_url_of_several_chunks_is_decoded_whole(mark: str) -> None:
+    picture = PNG + bytes(range(256)) * 9000
+    plain = base64.b64encode(picture).decode()
+    for line in (75, 76):
+        lines = mark.join(plain[at : at + line] for at in range(0, len(plain), line))
+        assert decode_data_url("data:image/png;base64," + lines, max_bytes=1 << 24) == picture
+
+
+def test_a_data_url_that_goes_on_after_its_padding_is_refused() -> None:
+    text = base64.b64encode(PNG + bytes(1 << 20)).decode()
+    assert text.endswith("=")
+    for more in ("AAAA", text):
+        with pytest.raises(UrlRefused, match="not whole base64"):
+            decode_data_url("data:image/png;base64," + text + "\n" * (1 << 20) + more, max_bytes=1 << 24)
+
+
+@pytest.mark.parametrize("body", ["A" * 12_000_000, "A " * 6_000_000, "A%0a" * 3_000_000, " " * 12_000_000])
+def test_a_long_data_url_leaves_the_event_loop_running_and_the_memory_small(body: str) -> None:
+    url = "data:image/png;base64," + body
+
+    async def longest_pause_s() -> float:
+        longest, before = 0.0, time.perf_counter()
+        decoding = asyncio.create_task(asyncio.to_thread(decode_data_url, url, 1 << 24))
+        while not decoding.done():
+            await asyncio.sleep(0)
+            now = time.perf_counter()
+            longest, before = max(longest, now - before), now
+        with pytest.raises(UrlRefused):
+            decoding.result()
+        return longest
+
+    # On a machine that is busy with other work one run may be interrupted, but hardly three of them.
+    assert min(asyncio.run(longest_pause_s()) for _ in range(3)) < 0.25
+    tracemalloc.start()
+    try:
+        with pytest.raises(UrlRefused):
+            decode_data_url(url, 1 << 24)
+        assert tracemalloc.get_traced_memory()[1] < 1.5 * len(url) + (8 << 20)
+    finally:
+        tracemalloc.stop()
 
 
 def test_without_the_extra_the_server_imports_and_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
