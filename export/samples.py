@@ -31,11 +31,12 @@ _CUTS = (
     ("less than a window", 1, 2, 3, 1),
     ("small and ragged", 0, 5, 6, 1),
     ("video of four frames", 2, 6, 5, 4),
+    ("small video", 2, 2, 3, 4),
 )
 
 
-# Those that are sealed as references: small, since every lane encodes them at each start, and of both kinds of window.
-REFERENCES = ("small and ragged", "one window")
+# Those that are sealed as references: small, since every lane encodes them at each start; both kinds of window, and a video.
+REFERENCES = ("small and ragged", "one window", "small video")
 
 
 @dataclass(frozen=True, slots=True)

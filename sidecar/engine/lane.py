@@ -40,8 +40,11 @@ logger = logging.getLogger(__name__)
 # already save seven eighths of what sharing can, and each makes the others wait.
 _WORTHWHILE = 0.1
 _MOST_SHARED = 8
-# A lane that was idle for so long runs its self-test: what it has come to cost since, and whether it is still right.
-_IDLE_TEST_S = 60.0
+# The self-test comes again after so long, and after so many times what it took: whether the lane is still right, and what runs
+# have come to cost where there were none.
+_TEST_EVERY_S, _TEST_EVERY_TIMES = 60.0, 100.0
+# How long one may take that nothing is known of.
+_FIRST_TEST_MS = 10_000.0
 
 
 class Lane:
@@ -74,7 +77,7 @@ class Lane:
         self._waiting = NOTHING
         self._running = NOTHING
         self._running_items = 0
-        self._idle_since = time.monotonic()
+        self._test_at = math.inf  # not before it is warm
         self._closing = False
         self._breaker = CircuitBreaker()
         self._meter = LoadMeter(time.monotonic(), runtime.streams)
@@ -165,6 +168,7 @@ class Lane:
             self._self_test.warm_up(self.cost, budget_s)
         except SelfTestError as error:
             self._go_out(str(error))
+        self._plan_test()
 
     def close(self, timeout_s: float | None = None) -> bool:
         """Take no more, finish what is queued, and end the threads. Without a limit of time, one that is stuck is left to itself.
@@ -231,15 +235,15 @@ class Lane:
                     if self._breaker.take_attempt():
                         return []
                     self._changed.wait(self._breaker.retry_in_s)
+                elif (test_in_s := self._test_at - time.monotonic()) <= 0 and not self._closing:
+                    self._test_at = math.inf
+                    return []
                 elif run := self._gather():
                     return run
                 elif self._closing:
                     return None
-                elif (idle_s := time.monotonic() - self._idle_since) >= _IDLE_TEST_S and not self._running_items:
-                    self._idle_since = time.monotonic()
-                    return []
                 else:
-                    self._changed.wait(max(STEP_S, _IDLE_TEST_S - idle_s))
+                    self._changed.wait(min(test_in_s, _TEST_EVERY_S))
 
     def _gather(self) -> list[Ticket]:
         run: list[Ticket] = []
@@ -292,7 +296,6 @@ class Lane:
             abandoned = self._watchdog.end()
             with self._changed:
                 self._meter.end(time.monotonic())
-                self._idle_since = time.monotonic()
                 if not abandoned:
                     self._forget(run)
 
@@ -348,8 +351,8 @@ class Lane:
             ticket.answer(LaneOut())
 
     def _test(self) -> None:
-        """The self-test of a lane that is out of service, or has been idle."""
-        self._watchdog.begin(Run.of([], 0.0))
+        """The self-test of a lane that is out of service, or whose time for one has come."""
+        self._watchdog.begin(Run.of([], self._self_test.predicted_ms(self.cost) or _FIRST_TEST_MS))
         try:
             if self._self_test.passed:
                 self._self_test.run(self.cost)
@@ -361,11 +364,17 @@ class Lane:
             return
         finally:
             self._watchdog.end()
+            self._plan_test()
         with self._changed:
             if self._breaker.is_open:
                 logger.warning("lane %s is in service again", self.identity.name)
             self._breaker.reset()
-            self._idle_since = time.monotonic()
+            self._changed.notify_all()
+
+    def _plan_test(self) -> None:
+        took_s = self._self_test.predicted_ms(self.cost) / 1e3
+        with self._changed:
+            self._test_at = time.monotonic() + max(_TEST_EVERY_S, _TEST_EVERY_TIMES * took_s)
             self._changed.notify_all()
 
     def _abandon(self, run: Run) -> None:

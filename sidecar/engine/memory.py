@@ -23,7 +23,7 @@ class Memory:
         self.most = most
         self.held = 0
         self.decoding = 0
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a share may be given back by the collector, on a thread that holds it
 
     def take(self, size: int) -> None:
         with self._lock:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+import traceback
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import Executor
@@ -73,7 +74,7 @@ class _Job:
     client: str  # whose share it takes: that of whoever asked first, or of one who joined and is served sooner
     waiters: int = 0
     turn: Turn | None = None  # once its size is known
-    task: asyncio.Task[Encoded] = field(init=False)
+    task: asyncio.Task[Encoded] | None = field(init=False, default=None)  # until it has ended
 
 
 class Scheduler:
@@ -191,16 +192,21 @@ class Scheduler:
         job = _Job(order, order.deadline, order.client)
         self._clients[job.client] += 1
         job.task = asyncio.create_task(self._carry_out(job))
-        job.task.add_done_callback(lambda task: self._end(job))
+        job.task.add_done_callback(lambda task: self._end(job, task))
         self._jobs[order.name] = job
         return job
 
-    def _end(self, job: _Job) -> None:
+    def _end(self, job: _Job, task: asyncio.Task[Encoded]) -> None:
+        # Task, error, frames and job would refer to one another, and keep the item's bytes until the collector comes.
+        job.task = None
+        self._count_out(job.client)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            traceback.clear_frames(error.__traceback__)
+
+    def _leave(self, job: _Job) -> None:
+        """Nobody may join it any more."""
         if self._jobs.get(job.order.name) is job:
             del self._jobs[job.order.name]
-        self._count_out(job.client)
-        if not job.task.cancelled():
-            job.task.exception()  # whoever waits raises it; if nobody does any more, nobody is to be warned
 
     def _count_out(self, client: str) -> None:
         self._clients[client] -= 1
@@ -209,16 +215,24 @@ class Scheduler:
 
     async def _join(self, job: _Job) -> Encoded:
         """Wait for a job; the last who leaves ends it."""
+        assert job.task is not None
         job.waiters += 1
         try:
             return await asyncio.shield(job.task)
         finally:
             job.waiters -= 1
-            if not job.waiters and not job.task.done():
+            if not job.waiters and job.task is not None:
                 job.task.cancel()
-                self._jobs.pop(job.order.name, None)  # nobody may join what is being ended
+                self._leave(job)
 
     async def _carry_out(self, job: _Job) -> Encoded:
+        try:
+            return await self._encode(job)
+        finally:
+            # At once, and not when its end is told: who joined a job that has failed would find it again and again.
+            self._leave(job)
+
+    async def _encode(self, job: _Job) -> Encoded:
         arrived = time.monotonic()
         opened = await job.order.open()
         work = Work.of([opened.grid])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import math
 import threading
@@ -16,6 +17,7 @@ from lanes import TOWER, FakeRuntime, draft, encode, entered, item, run
 
 from sidecar.engine.cost import Work
 from sidecar.engine.lane import Lane
+from sidecar.engine.store import Draft
 from sidecar.engine.ticket import LaneOut, Ran
 from sidecar.engine.watchdog import STEP_S, Run, Watchdog
 from sidecar.errors import CannotFinish, LaneFault, ShuttingDown, fault_of
@@ -532,8 +534,8 @@ def test_an_item_that_finds_the_lane_idle_runs_whatever_the_lane_believes(make_l
     run(ask())
 
 
-def test_an_idle_lane_tests_itself_and_learns(make_lane: MakeLane, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sidecar.engine.lane._IDLE_TEST_S", 0.05)
+def test_a_lane_tests_itself_now_and_then_and_learns(make_lane: MakeLane, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sidecar.engine.lane._TEST_EVERY_S", 0.05)
     wrong = threading.Event()
 
     def fail(_: int) -> None:
@@ -541,6 +543,7 @@ def test_an_idle_lane_tests_itself_and_learns(make_lane: MakeLane, monkeypatch: 
             raise RuntimeFault("the device is lost")
 
     lane = make_lane(FakeRuntime(fail))
+    lane.warm_up(0)
     lane.cost.anchor(Work(4, 0.0), 60_000.0)
     ends = time.monotonic() + 10
     while lane.cost.ms(Work(4, 0.0)) > 1000:
@@ -581,3 +584,70 @@ def test_an_item_that_gives_values_that_are_not_finite_costs_its_neighbours_noth
     run(ask())
     assert lane.status().failures == 2  # in the run that they shared, and alone
     assert lane.status().state == "serving"
+
+
+def test_a_lane_that_is_never_idle_tests_itself_too(make_lane: MakeLane, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sidecar.engine.lane._TEST_EVERY_S", 0.05)
+    wrong = threading.Event()
+
+    def fail(value: int) -> None:
+        if wrong.is_set() and value == 255:  # the self-test alone
+            raise RuntimeFault("the device is lost")
+
+    lane = make_lane(FakeRuntime(fail))
+    lane.warm_up(0)
+
+    async def ask() -> None:
+        async def caller(number: int) -> None:
+            while not lane.out_for_s:
+                with contextlib.suppress(LaneOut):
+                    await encode(lane, item(number))
+
+        callers = [asyncio.create_task(caller(number)) for number in range(1, 9)]
+        wrong.set()
+        await asyncio.gather(*callers)
+        wrong.clear()
+
+    run(ask())
+
+
+def test_what_a_caller_left_behind_is_never_delivered(make_lane: MakeLane) -> None:
+    """A shared run fails, its items are run one by one, and one of the callers has gone meanwhile."""
+    left: list[asyncio.Task[Ran]] = []
+    delivered: list[int] = []
+
+    def fail(value: int) -> None:
+        if value == 2:
+            raise RuntimeFault("out of memory")
+        if value == 255:  # the self-test between the shared run and those after it
+            left[0].get_loop().call_soon_threadsafe(left[0].cancel)
+            time.sleep(0.1)
+
+    runtime = FakeRuntime(fail)
+    lane = make_lane(runtime, batch_patches=1000)
+    expensive_start(lane)
+
+    async def ask() -> None:
+        runtime.gate.clear()
+        first = asyncio.create_task(encode(lane, item(1)))
+        await entered(runtime)
+        patches = item(3)
+
+        def watched() -> Draft:
+            delivered.append(3)
+            return draft(patches)
+
+        gone = asyncio.create_task(lane.encode(patches, "somebody", lambda: math.inf, watched))
+        left.append(gone)
+        bad = asyncio.create_task(encode(lane, item(2)))
+        await asyncio.sleep(0)
+        runtime.gate.set()
+        await first
+        with pytest.raises(LaneFault):
+            await bad
+        with pytest.raises(asyncio.CancelledError):
+            await gone
+
+    run(ask())
+    assert any(3 in shared and 2 in shared for shared in runtime.runs)
+    assert runtime.runs.count([3]) == 0 and delivered == []

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import math
 import threading
 import time
+import weakref
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -196,6 +198,64 @@ def test_a_deadline_that_cannot_be_met_is_refused_at_the_door(make_scheduler: Ma
 
     run(ask())
     assert sorted(runtime.ran) == [2, 4]
+
+
+def test_who_joins_a_job_in_the_moment_that_it_is_refused_does_not_go_round_in_circles(
+    make_scheduler: MakeScheduler,
+) -> None:
+    """Many equal items with a deadline that cannot be met, behind a lane that is busy."""
+    runtime = FakeRuntime()
+    scheduler = make_scheduler(runtime)
+
+    async def ask() -> None:
+        runtime.gate.clear()
+        busy = asyncio.create_task(scheduler.encode(order(1, 4000)))
+        await entered(runtime)
+        tasks = []
+        for _ in range(8):
+            tasks.append(asyncio.create_task(scheduler.encode(order(2, 400, name="same", deadline_s=1.0))))
+            for _ in range(2):  # somewhere between a job's first step and what is told of its end
+                tasks.append(asyncio.create_task(scheduler.encode(order(2, 400, name="same", deadline_s=1.0))))
+                await asyncio.sleep(0)
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        assert {type(result) for result in results} == {CannotFinish}
+        runtime.gate.set()
+        await busy
+        await settled(scheduler)
+
+    run(ask())
+
+
+def test_a_failed_item_is_let_go_at_once(make_scheduler: MakeScheduler) -> None:
+    """Not when Python's collector comes: it may hold megabytes."""
+    scheduler = make_scheduler(FakeRuntime())
+    item_bytes = type("Bytes", (), {})()
+    held = weakref.ref(item_bytes)
+
+    async def opened(content: object = item_bytes) -> Opened:
+        def prepare() -> Prepared:
+            assert content
+            raise InvalidItem("rubbish")
+
+        return Opened(Grid(1, 2, 2), prepare)
+
+    async def ask() -> None:
+        nonlocal item_bytes, opened
+        bad = order(1, open=opened)
+        item_bytes = opened = None  # type: ignore[assignment]
+        task = asyncio.create_task(scheduler.encode(bad))
+        del bad
+        with pytest.raises(InvalidItem):
+            await task
+        del task
+        await settled(scheduler)
+
+    gc.disable()
+    try:
+        run(ask())
+        assert held() is None
+    finally:
+        gc.enable()
 
 
 def test_an_idle_scheduler_admits_whatever_it_believes(make_scheduler: MakeScheduler) -> None:
