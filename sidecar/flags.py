@@ -63,13 +63,6 @@ def path_or_none(text: str) -> Path | None:
     return None if text in ("", "none") else Path(text)
 
 
-def file_or_none(text: str) -> Path | None:
-    """As `path_or_none`, for what protects the server: an empty text is a variable that was to hold a name."""
-    if not text:
-        raise ValueError("is empty: name a file, or none")
-    return path_or_none(text)
-
-
 def cpu_list(text: str) -> tuple[int, ...]:
     """`0-3,8` → (0, 1, 2, 3, 8), as taskset and the kernel write it."""
     cpus: list[int] = []
@@ -101,10 +94,11 @@ def add_arguments(settings: type, parser: argparse.ArgumentParser) -> None:
 def values_from(
     settings: type, flags: Mapping[str, str | list[str] | None], environment: Mapping[str, str]
 ) -> dict[str, Any]:
-    """Flags first, then the environment, then defaults. A variable that is set to nothing counts as not set.
+    """Flags first, then the environment, then defaults. A variable that is set to nothing counts as not set. A flag that is
+    given as nothing is refused, unless nothing is its default: `--artifact "$DIR"` without DIR is a mistake.
 
     Raises:
-        SettingsError: if a value does not parse, or a required one is missing.
+        SettingsError: if a value does not parse, a flag is empty, or a required one is missing.
     """
     values: dict[str, Any] = {}
     for one in fields(settings):
@@ -116,6 +110,8 @@ def values_from(
             if one.default is MISSING and one.default_factory is MISSING:
                 raise SettingsError(f"{flag_name(one.name)} (or {variables_of(one)[0]}) is required")
             continue
+        if not text and one.default not in ("", ()):
+            raise SettingsError(f"{flag_name(one.name)} is empty; give it a value, or leave the flag out")
         try:
             values[one.name] = one.metadata["parse"](text)
         except ValueError as error:

@@ -14,7 +14,6 @@ from sidecar.flags import (
     SettingsError,
     add_arguments,
     cpu_list,
-    file_or_none,
     flag,
     flag_name,
     number,
@@ -37,6 +36,8 @@ _MAX_SECONDS = 86_400.0
 _MAX_PORT = 65_535
 _MODE = re.compile("0?[0-7]{3}")
 
+# What decides who may call.
+_PROTECTING = ("tls_cert", "tls_key", "tls_client_ca", "token_file")
 _EMBEDDING_DTYPES = ("auto", DType.BFLOAT16, DType.FLOAT16, DType.FLOAT32)
 
 # The least and the most that each may be.
@@ -221,15 +222,15 @@ class Settings:
     lease_seconds: float = setting(
         "how long a lease holds a stored embedding unless it is released", 120.0, parse=number
     )
-    tls_cert: Path | None = setting("certificate chain in PEM; with --tls-key, serve TLS", None, parse=file_or_none)
-    tls_key: Path | None = setting("private key in PEM", None, parse=file_or_none)
+    tls_cert: Path | None = setting("certificate chain in PEM; with --tls-key, serve TLS", None, parse=path_or_none)
+    tls_key: Path | None = setting("private key in PEM", None, parse=path_or_none)
     tls_client_ca: Path | None = setting(
-        "CA of the callers' certificates in PEM: mutual TLS, nobody else gets in", None, parse=file_or_none
+        "CA of the callers' certificates in PEM: mutual TLS, nobody else gets in", None, parse=path_or_none
     )
     token_file: Path | None = setting(
         "file of bearer tokens, one a line, `name:token` or `token`; without one of them only health is answered",
         None,
-        parse=file_or_none,
+        parse=path_or_none,
     )
     url_input: bool = setting("take items by https or data URL, from public hosts only", False, parse=flag)
     url_hosts: tuple[str, ...] = setting("the only hosts to take URLs of; none given: any public one", (), parse=words)
@@ -300,7 +301,7 @@ class Settings:
     @staticmethod
     def emptied_variables(environment: Mapping[str, str] = os.environ) -> list[str]:
         """Variables that were to protect the server, and are set to nothing."""
-        protecting = [one for one in fields(Settings) if one.metadata["parse"] is file_or_none]
+        protecting = [one for one in fields(Settings) if one.name in _PROTECTING]
         return [name for one in protecting for name in variables_of(one) if environment.get(name) == ""]
 
     @classmethod

@@ -190,7 +190,19 @@ def test_half_of_a_key_pair_is_refused(given: str) -> None:
 
 def test_a_device_of_no_name_is_refused() -> None:
     with pytest.raises(SettingsError, match="--device must name a device"):
-        read(["--artifact", "a", "--device", ""])
+        read(["--artifact", "a", "--device", ","])
+
+
+@pytest.mark.parametrize("name", sorted(FIELDS.keys() - {"cpus", "url_hosts"}))
+def test_a_flag_that_is_given_as_nothing_is_refused(name: str) -> None:
+    """`--artifact "$DIR"` with DIR unset is no wish for the working directory; an empty variable counts as not set."""
+    with pytest.raises(SettingsError, match=f"^{flag(name)} is empty; give it a value, or leave the flag out"):
+        Settings.from_sources(REQUIRED | {name: ""}, {})
+    assert Settings.from_sources(REQUIRED, {f"EPD_{name.upper()}": ""}) == Settings.from_sources(REQUIRED, {})
+
+
+def test_a_list_that_is_empty_by_default_may_be_given_as_nothing() -> None:
+    assert read(["--artifact", "a", "--cpus", "", "--url-hosts", ""]) == read(["--artifact", "a"])
 
 
 def test_a_value_from_the_environment_is_traced_to_its_variable() -> None:
@@ -259,7 +271,7 @@ def test_a_user_without_a_home_has_no_cache(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize("name", ["--token-file", "--tls-cert", "--tls-key", "--tls-client-ca"])
 def test_a_flag_that_was_to_protect_the_server_is_not_lost_to_an_empty_variable(name: str) -> None:
     """`--token-file "$TOKENS"` with TOKENS unset is no wish for a server without tokens."""
-    with pytest.raises(SettingsError, match=f"^{name} is empty: name a file, or none"):
+    with pytest.raises(SettingsError, match=f"^{name} is empty; "):
         Settings.from_sources(REQUIRED | {name[2:].replace("-", "_"): ""}, {})
     variable = "EPD_" + name[2:].replace("-", "_").upper()
     assert Settings.emptied_variables({variable: "", "EPD_STORE": ""}) == [variable]
