@@ -52,6 +52,7 @@ class Reloader:
         self._watch = watch
         self._failed = failed
         self._asked = asyncio.Event()
+        self._loading = False
         self._seen = self._seal()
         self._patience_s = patience_s
         self._retiring: asyncio.Task[None] | None = None
@@ -59,7 +60,11 @@ class Reloader:
         self._out_of_patience = asyncio.Event()
 
     def ask(self) -> None:
-        """Reload, whether the artifact is another one or not."""
+        """Reload, whether the artifact is another one or not. Requests that come while one waits or loads are one."""
+        if self._loading:
+            logger.info("asked to reload while still loading: the artifact is loaded once more after this")
+        elif self._asked.is_set():
+            logger.info("asked to reload while a reload is waiting: the two are one")
         self._asked.set()
 
     async def run(self) -> None:
@@ -74,7 +79,11 @@ class Reloader:
                 logger.info("another artifact has taken the place of the served one")
             await self._make_room()
             self._asked.clear()
-            await self._reload()
+            self._loading = True
+            try:
+                await self._reload()
+            finally:
+                self._loading = False
 
     async def _make_room(self) -> None:
         """Return once the model before the served one is gone."""
@@ -104,6 +113,8 @@ class Reloader:
             logger.info("loaded %s anew: equal weights, and what is stored stays", model.fingerprint[:16])
         else:
             logger.info("serving %s in the place of %s", model.fingerprint[:16], old.fingerprint[:16])
+        if (now := _variants(model)) != (before := _variants(old)):
+            logger.warning("the new artifact changes what the lanes run: %s in the place of %s", now, before)
         self._replaced_at = time.monotonic()
         self._out_of_patience = asyncio.Event()
         self._retiring = asyncio.create_task(self._retire(old))
@@ -127,3 +138,8 @@ class Reloader:
             return self._seal_path.read_bytes()
         except OSError:
             return None
+
+
+def _variants(model: Model) -> str:
+    """Runtime and precision of each lane, in their order."""
+    return ", ".join(f"{lane.identity.runtime}/{lane.identity.precision}" for lane in model.scheduler.lanes)

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
 from sidecar.server.reload import Reloader
 
 
 class FakeModel:
-    def __init__(self, close: Callable[[float], bool]) -> None:
+    def __init__(self, close: Callable[[float], bool], precision: str) -> None:
         self.fingerprint = "f"
-        self.scheduler = SimpleNamespace(store=None, close=close)
+        lane = SimpleNamespace(identity=SimpleNamespace(runtime="openvino", precision=precision))
+        self.scheduler = SimpleNamespace(store=None, close=close, lanes=[lane])
 
 
 class Models:
@@ -24,12 +28,15 @@ class Models:
         self.readers = readers
         self.alive = self.most = self.loads = 0
         self.sent_away: list[Any] = []
+        self.precision = "f32"
+        self.loading, self.may_load = asyncio.Event(), asyncio.Event()
+        self.may_load.set()
         self.model = self._new()
 
     def _new(self) -> Any:
         self.alive += 1
         self.most = max(self.most, self.alive)
-        return FakeModel(self._close)
+        return FakeModel(self._close, self.precision)
 
     def _close(self, timeout_s: float) -> bool:
         self.alive -= 1
@@ -37,6 +44,8 @@ class Models:
 
     async def load(self) -> Any:
         self.loads += 1
+        self.loading.set()
+        await self.may_load.wait()
         await asyncio.sleep(0.02)
         return self._new()
 
@@ -48,11 +57,12 @@ class Models:
         self.sent_away.append(model)
         return 1
 
-    async def reload(self, asks: int, every_s: float, patience_s: float, tmp_path: Path) -> None:
+    def reloader(self, patience_s: float, tmp_path: Path) -> Reloader:
         everything: Any = self
-        reloader = Reloader(
-            everything, everything, self.load, tmp_path, watch=False, failed=print, patience_s=patience_s
-        )
+        return Reloader(everything, everything, self.load, tmp_path, watch=False, failed=print, patience_s=patience_s)
+
+    async def reload(self, asks: int, every_s: float, patience_s: float, tmp_path: Path) -> None:
+        reloader = self.reloader(patience_s, tmp_path)
         running = asyncio.create_task(reloader.run())
         for _ in range(asks):
             reloader.ask()
@@ -75,8 +85,41 @@ def test_callers_in_nobodys_way_are_left_alone(tmp_path: Path) -> None:
     assert (models.loads, models.sent_away, models.alive) == (1, [], 2)
 
 
-def test_requests_to_reload_that_come_together_are_one(tmp_path: Path) -> None:
+def test_requests_to_reload_that_come_together_are_one(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Those that come before a load are one, and so are those during it: the artifact may have changed since it began."""
+    caplog.set_level(logging.INFO)
     models = Models(readers=True)
-    asyncio.run(models.reload(20, 0.0001, 0, tmp_path))
-    assert models.loads <= 2
-    assert models.alive == 1
+
+    async def run() -> None:
+        models.may_load.clear()
+        reloader = models.reloader(0, tmp_path)
+        running = asyncio.create_task(reloader.run())
+        for _ in range(10):
+            reloader.ask()
+        await models.loading.wait()
+        for _ in range(10):
+            reloader.ask()
+            await asyncio.sleep(0)
+        assert models.loads == 1
+        models.may_load.set()
+        while models.loads < 2 or models.alive > 1:
+            await asyncio.sleep(0.001)
+        await asyncio.sleep(0.1)  # in which a third one would begin
+        running.cancel()
+
+    asyncio.run(asyncio.wait_for(run(), 30))
+    assert (models.loads, models.alive) == (2, 1)
+    assert caplog.text.count("while a reload is waiting") >= 9
+    assert "asked to reload while still loading" in caplog.text
+
+
+@pytest.mark.parametrize("precision", ["f32", "int8"])
+def test_a_reload_that_changes_what_the_lanes_run_is_warned_of(
+    precision: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    models = Models(readers=True)
+    models.precision = precision
+    asyncio.run(models.reload(1, 0, 0, tmp_path))
+    warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    expected = ["the new artifact changes what the lanes run: openvino/int8 in the place of openvino/f32"]
+    assert warnings == (expected if precision == "int8" else [])
