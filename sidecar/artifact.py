@@ -155,8 +155,12 @@ class Manifest:
             if variant.runtime == runtime and precision in (None, variant.precision):
                 return variant
         wanted = runtime if precision is None else f"{runtime}/{precision}"
+        flags = [] if precision is None else [f"--precision {precision}"]
+        if all(variant.runtime != runtime for variant in self.variants):
+            flags.insert(0, "--via optimum" if runtime == "optimum" else f"--format {runtime}")
         raise ArtifactError(
-            f"the artifact has no {wanted}; it has {', '.join(v.name for v in self.variants) or 'nothing'}"
+            f"the artifact has no {wanted}; it has {', '.join(v.name for v in self.variants) or 'nothing'}; "
+            f"export again with {' '.join(flags)}"
         )
 
 

@@ -230,6 +230,21 @@ def test_what_the_artifact_does_not_hold_is_told_with_what_it_does(refusal: Refu
     assert "the artifact has no torch;" in refusal("--device", "cuda:0")
 
 
+@pytest.mark.parametrize(
+    ("flags", "advice"),
+    [
+        (("--precision", "int8"), "export again with --precision int8"),
+        (("--runtime", "onnx"), "export again with --format onnx"),
+        (("--runtime", "onnx", "--precision", "int8"), "export again with --format onnx --precision int8"),
+        (("--runtime", "optimum"), "export again with --via optimum"),
+    ],
+)
+def test_what_the_artifact_does_not_hold_is_told_with_how_to_export_it(
+    refusal: Refusal, flags: tuple[str, ...], advice: str
+) -> None:
+    assert refusal(*flags).strip().endswith(advice)
+
+
 def test_a_device_that_is_not_there_is_told_in_one_line(refusal: Refusal) -> None:
     assert "OpenVINO could not load bfloat16.xml on npu" in refusal("--device", "npu")
 
