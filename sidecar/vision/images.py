@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from PIL import ExifTags, Image, ImageFile, ImageOps
 
+from sidecar.vision.avif import check_frames
 from sidecar.vision.headers import check_header, check_tags
 from sidecar.vision.kinds import heif_brand, what_it_is
 from sidecar.vision.pixels import MAX_IMAGE_PIXELS, Bytes, PixelError
@@ -169,6 +170,8 @@ def _open(data: bytes, max_image_pixels: int) -> ImageFile.ImageFile:
                 f"the {name} image of {image.width}×{image.height} has {count} pixels; the limit is {max_image_pixels} "
                 "(max_image_pixels)"
             )
+        if name == "AVIF":
+            check_frames(data, image.width, image.height)
         return image
     if not data:
         raise PixelError("the image is empty: 0 bytes")

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from sidecar.vision.avif import check_frames
 from sidecar.vision.images import decode_image, image_header, image_size
 from sidecar.vision.pixels import PixelError
 
@@ -172,3 +173,125 @@ def test_a_tiff_of_usual_tiles_around_a_small_picture_is_taken_and_its_tile_coun
     small, padded = tiled_tiff(64, 64), tiled_tiff(64, 512)
     assert decode_image(padded).shape == (64, 64, 3)
     assert image_header(padded).decode_bytes > image_header(small).decode_bytes + 3 * 512 * 512
+
+
+def renamed_size(data: bytes, width: int, height: int) -> bytes:
+    """An AVIF whose container tells another size than its stream."""
+    out = bytearray(data)
+    at = out.find(b"ispe")
+    while at >= 0:
+        out[at + 8 : at + 16] = struct.pack(">II", width, height)
+        at = out.find(b"ispe", at + 4)
+    return bytes(out)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L"])
+def test_an_avif_whose_frames_are_larger_than_its_container_says_is_refused(mode: str) -> None:
+    """The decoder believes the stream: 1.9 kB of 12,000 × 12,000 pixels took 520 MB as a picture of 64 × 64."""
+    data = renamed_size(encoded(Image.new(mode, (1024, 1024)), "AVIF", speed=10), 64, 64)
+    for read in (image_header, decode_image):
+        with pytest.raises(PixelError, match="says that it has 64×64 pixels, and its AV1 frames may have 1024×1024"):
+            read(data)
+
+
+def animated(side: int) -> bytes:
+    frames = [Image.new("RGB", (side, side), (index, 0, 0)) for index in range(3)]
+    return encoded(frames[0], "AVIF", save_all=True, append_images=frames[1:], speed=10)
+
+
+def test_an_animated_avif_is_judged_by_its_track() -> None:
+    data = animated(1000)
+    assert decode_image(data).shape == (1000, 1000, 3)
+    small = bytearray(renamed_size(data, 64, 64))
+    for box, before in ((b"tkhd", 92), (b"av01\0\0\0\0", 28)):
+        at = small.find(box, small.find(b"moov")) + 4
+        size = struct.pack(">II", 64 << 16, 64 << 16) if box == b"tkhd" else struct.pack(">HH", 64, 64)
+        small[at + before - 4 : at + before - 4 + len(size)] = size
+    with pytest.raises(PixelError, match="AV1 frames may have 1000×1000"):
+        decode_image(bytes(small))
+
+
+def test_an_avif_in_which_no_sequence_header_is_found_is_refused() -> None:
+    data = encoded(Image.new("RGB", (64, 64)), "AVIF", speed=10)
+    header = data.find(b"mdat") + 4 + 2
+    assert data[header] == 0x0A
+    for hidden in (data[:header] + b"\x7a" + data[header + 1 :], data.replace(b"av01", b"av02")):
+        with pytest.raises(PixelError, match="cannot be read"):
+            image_header(hidden)
+
+
+def test_an_avif_that_would_take_long_to_check_is_refused() -> None:
+    data = encoded(Image.new("RGB", (64, 64)), "AVIF", speed=10)
+    box = struct.pack(">I4s", 8, b"free")
+    with pytest.raises(PixelError, match="needless"):
+        image_header(data + box * 100_000)
+    deep = b""
+    for _ in range(2000):
+        deep = struct.pack(">I4s", 8 + len(deep), b"moov") + deep
+    with pytest.raises(PixelError, match="cannot be read"):
+        check_frames(data + deep, 64, 64)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA"])
+@pytest.mark.parametrize("size", [(1, 1), (7, 9), (64, 64), (65, 33), (300, 200), (2049, 17)])
+def test_avifs_of_every_size_are_taken(mode: str, size: tuple[int, int]) -> None:
+    data = encoded(Image.new(mode, size), "AVIF", speed=10)
+    assert decode_image(data + b"more than there should be").shape == (size[1], size[0], 3)
+    assert image_size(data) == size[::-1]
+
+
+def box(kind: bytes, *content: bytes) -> bytes:
+    body = b"".join(content)
+    return struct.pack(">I4s", 8 + len(body), kind) + body
+
+
+def grid_avif(side: int) -> bytes:
+    """Two tiles side by side, in a grid of 2 × 1 (ISO/IEC 23008-12, section 6.6.2.3)."""
+    one = encoded(Image.new("RGB", (side, side), (200, 30, 30)), "AVIF", speed=10)
+    stream = one[one.find(b"mdat") + 4 :]
+    at = one.find(b"av1C") - 4
+    codec = one[at : at + struct.unpack_from(">I", one, at)[0]]
+    grid = struct.pack(">BBBBHH", 0, 0, 0, 1, 2 * side, side)
+    full = bytes(4)
+    infos = [
+        box(b"infe", b"\2\0\0\0", struct.pack(">HH4s", item, 0, b"grid" if item == 1 else b"av01"), b"\0")
+        for item in (1, 2, 3)
+    ]
+    properties = box(
+        b"ipco",
+        box(b"ispe", full, struct.pack(">II", 2 * side, side)),
+        box(b"ispe", full, struct.pack(">II", side, side)),
+        box(b"pixi", full, b"\3\x08\x08\x08"),
+        codec,
+    )
+    uses = full + struct.pack(">I", 3)
+    for item, held in ((1, b"\1\3"), (2, b"\2\3\x84"), (3, b"\2\3\x84")):
+        uses += struct.pack(">HB", item, len(held)) + held
+
+    def meta(start: int) -> bytes:
+        places = full + b"\x44\0" + struct.pack(">H", 3)
+        for item, offset, length in (
+            (1, start + len(stream), len(grid)),
+            (2, start, len(stream)),
+            (3, start, len(stream)),
+        ):
+            places += struct.pack(">HHHII", item, 0, 1, offset, length)
+        return box(
+            b"meta",
+            full,
+            box(b"hdlr", full, bytes(4), b"pict", bytes(13)),
+            box(b"pitm", full, struct.pack(">H", 1)),
+            box(b"iloc", places),
+            box(b"iinf", full, struct.pack(">H", 3), *infos),
+            box(b"iref", full, box(b"dimg", struct.pack(">HHHH", 1, 2, 2, 3))),
+            box(b"iprp", properties, box(b"ipma", uses)),
+        )
+
+    kind = box(b"ftyp", b"avif", bytes(4), b"avifmif1miaf")
+    return kind + meta(len(kind) + len(meta(0)) + 8) + box(b"mdat", stream, grid)
+
+
+def test_an_avif_of_tiles_is_taken() -> None:
+    data = grid_avif(64)
+    assert image_size(data) == (64, 128)
+    assert decode_image(data).shape == (64, 128, 3)
