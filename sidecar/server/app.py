@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
-import stat
 import sys
 import threading
 import time
@@ -34,7 +33,13 @@ from sidecar.server import health
 from sidecar.server.arrivals import Arrivals
 from sidecar.server.calls import Calls
 from sidecar.server.contents import Preprocessor
-from sidecar.server.listening import bind, is_local, remove_sockets, server_options
+from sidecar.server.listening import (
+    bind,
+    remove_sockets,
+    server_options,
+    warn_of_open_sockets,
+    warn_of_plaintext,
+)
 from sidecar.server.loading import choose_variant, load_lanes, open_for, preprocess_threads
 from sidecar.server.model import Model, describe
 from sidecar.server.orders import Orders
@@ -139,8 +144,8 @@ class _App:
         credentials = None
         if settings.tls_cert and settings.tls_key:
             credentials = server_credentials(settings.tls_cert, settings.tls_key, settings.tls_client_ca)
-        _warn_of_plaintext(settings, encrypted=credentials is not None)
-        _warn_of_open_sockets(settings)
+        warn_of_plaintext(settings, encrypted=credentials is not None)
+        warn_of_open_sockets(settings)
         mode = int(settings.socket_mode, 8)
         return server, [bind(server, address, credentials, mode) for address in settings.listen]
 
@@ -322,31 +327,6 @@ def _take_result(loading: asyncio.Future[Model]) -> None:
     """Nobody wants to know any more why a load failed."""
     if not loading.cancelled():
         loading.exception()
-
-
-def _warn_of_plaintext(settings: Settings, *, encrypted: bool) -> None:
-    reachable = [address for address in settings.listen if not is_local(address)]
-    if encrypted or not reachable:
-        return
-    if settings.token_file:
-        logger.warning("tokens travel in the clear: give --tls-cert and --tls-key, or encrypt the network")
-        return
-    logger.warning(
-        "whoever reaches %s may call, and all of it travels in the clear: give --tls-cert, --tls-key and --token-file, or let "
-        "only callers of yours reach it (a network policy, a mesh, --listen with a loopback address)",
-        ", ".join(reachable),
-    )
-
-
-def _warn_of_open_sockets(settings: Settings) -> None:
-    """Warn of a socket that every user of this host may use, unless a token is wanted of each call."""
-    sockets = [address for address in settings.listen if address.startswith("unix:")]
-    if sockets and not settings.token_file and int(settings.socket_mode, 8) & stat.S_IRWXO:
-        logger.warning(
-            "--socket-mode %s lets every user of this host call over %s: use 0600, or 0660 for a group, or give --token-file",
-            settings.socket_mode,
-            ", ".join(sockets),
-        )
 
 
 @asynccontextmanager

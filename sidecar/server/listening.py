@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
+import stat
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -11,6 +13,8 @@ from pathlib import Path
 import grpc
 
 from sidecar.settings import Settings
+
+logger = logging.getLogger(__name__)
 
 # What the process needs descriptors for beside connections: the store's files, pictures being fetched, the runtimes, the log.
 _OTHER_DESCRIPTORS = 128
@@ -113,3 +117,29 @@ def _refuse_living_socket(path: Path) -> None:
         except OSError:
             return
     raise BindError(f"another server is listening on unix:{path}")
+
+
+def warn_of_plaintext(settings: Settings, *, encrypted: bool) -> None:
+    """Warn of addresses that other hosts can reach, where calls or tokens travel in plain text."""
+    reachable = [address for address in settings.listen if not is_local(address)]
+    if encrypted or not reachable:
+        return
+    if settings.token_file:
+        logger.warning("tokens travel in the clear: give --tls-cert and --tls-key, or encrypt the network")
+        return
+    logger.warning(
+        "whoever reaches %s may call, and all of it travels in the clear: give --tls-cert, --tls-key and --token-file, or let "
+        "only callers of yours reach it (a network policy, a mesh, --listen with a loopback address)",
+        ", ".join(reachable),
+    )
+
+
+def warn_of_open_sockets(settings: Settings) -> None:
+    """Warn of a socket that every user of this host may use, unless a token is wanted of each call."""
+    sockets = [address for address in settings.listen if address.startswith("unix:")]
+    if sockets and not settings.token_file and int(settings.socket_mode, 8) & stat.S_IRWXO:
+        logger.warning(
+            "--socket-mode %s lets every user of this host call over %s: use 0600, or 0660 for a group, or give --token-file",
+            settings.socket_mode,
+            ", ".join(sockets),
+        )

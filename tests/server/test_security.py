@@ -25,7 +25,7 @@ from sidecar.client import AsyncEncoderClient, EncodeError, EncoderClient
 from sidecar.credentials import CredentialsError, client_credentials, named_tokens, read_token
 from sidecar.pb import encoder_pb2 as pb
 from sidecar.server import security
-from sidecar.server.app import _warn_of_open_sockets, _warn_of_plaintext
+from sidecar.server.listening import warn_of_open_sockets, warn_of_plaintext
 from sidecar.server.security import BearerTokens, SecurityError, TokenInterceptor, server_credentials
 from sidecar.settings import Settings
 
@@ -441,9 +441,9 @@ def test_an_open_port_in_plain_text_is_warned_of(
     listen: tuple[str, ...], words: str | None, caplog: pytest.LogCaptureFixture
 ) -> None:
     settings = Settings(artifact=Path("a"), listen=listen)
-    _warn_of_plaintext(settings, encrypted=False)
+    warn_of_plaintext(settings, encrypted=False)
     assert [words in record.getMessage() for record in caplog.records] == ([True] if words else [])
-    _warn_of_plaintext(settings, encrypted=True)
+    warn_of_plaintext(settings, encrypted=True)
     assert len(caplog.records) == bool(words)
 
 
@@ -461,7 +461,7 @@ def test_an_open_port_in_plain_text_is_warned_of(
 def test_a_socket_that_every_user_may_use_is_warned_of(
     mode: str, listen: str, tokens: Path | None, warned: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    _warn_of_open_sockets(Settings(artifact=Path("a"), listen=(listen,), socket_mode=mode, token_file=tokens))
+    warn_of_open_sockets(Settings(artifact=Path("a"), listen=(listen,), socket_mode=mode, token_file=tokens))
     assert [f"--socket-mode {mode}" in record.getMessage() for record in caplog.records] == [True] * warned
 
 
