@@ -24,6 +24,7 @@ from sidecar.monitoring.tracing import RequestSpan, Tracing
 from sidecar.server.callers import Caller, Metadata, caller_of
 from sidecar.server.load_report import trailing_metadata
 from sidecar.server.model import Model
+from sidecar.vision.dtypes import Array
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +53,9 @@ class Call:
     task: asyncio.Task[Any] | None = None
     leases: list[str] = field(default_factory=list)
     held_bytes: int = 0
+    _rows: Counter[int] = field(
+        default_factory=Counter
+    )  # answers that wait with rows in ordinary memory, by the rows' id
 
     def admit(self, size: int) -> None:
         """Hold a request's bytes.
@@ -77,6 +81,19 @@ class Call:
         self.calls.held_by[self.caller.client] -= size
         if not self.calls.held_by[self.caller.client]:
             del self.calls.held_by[self.caller.client]
+
+    def hold_rows(self, rows: Array) -> None:
+        """Count an answer's rows; equal items of one call share them, and they count once."""
+        if not self._rows[id(rows)]:
+            self.hold(rows.nbytes)
+        self._rows[id(rows)] += 1
+
+    def give_back_rows(self, rows: Array) -> None:
+        """Return an answer's rows to the budget, unless another answer waits with the same."""
+        self._rows[id(rows)] -= 1
+        if not self._rows[id(rows)]:
+            del self._rows[id(rows)]
+            self.give_back(rows.nbytes)
 
     async def abort(self, error: EncoderError) -> NoReturn:
         """End the call with an error."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Coroutine, Iterator
 from dataclasses import dataclass, replace
 
 import grpc
@@ -38,7 +38,7 @@ Context = grpc.aio.ServicerContext[bytes, bytes]
 class _Answer:
     """One item's outcome: an embedding under its key, with where it lies or its rows, or why there is none.
 
-    `held_bytes`: what the call holds for it until its last part is sent.
+    `held`: the call holds its rows until the last part is sent.
     """
 
     index: int
@@ -46,7 +46,7 @@ class _Answer:
     encoded: Encoded | None = None
     file: encoder_pb2.File | None = None
     fault: Fault | None = None
-    held_bytes: int = 0
+    held: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +125,9 @@ class EncoderService:
             stored = request.delivery == encoder_pb2.STORED
             call.record.items = len(request.items)
             known: list[_Hit | _Answer] = []
-            tasks: list[asyncio.Task[_Answer]] = []
+            running: set[asyncio.Task[_Answer]] = set()
+            finished: asyncio.Queue[asyncio.Task[_Answer]] = asyncio.Queue()
+            started = 0
             try:
                 for index, item in enumerate(request.items):
                     # What can be named at once, and is in the store, needs no task.
@@ -133,22 +135,23 @@ class EncoderService:
                     if found is not None:
                         known.append(found)
                     else:
-                        tasks.append(asyncio.create_task(self._encoded(index, item, stored, call)))
+                        started += _start(self._encoded(index, item, stored, call), running, finished)
                 for found in known:
                     # One at a time, so that a caller who does not read holds one embedding and not all of them.
                     answer = self._hit(found, stored, call) if isinstance(found, _Hit) else found
                     if answer is None:  # evicted meanwhile
                         item = request.items[found.index]
-                        tasks.append(asyncio.create_task(self._encoded(found.index, item, stored, call)))
+                        started += _start(self._encoded(found.index, item, stored, call), running, finished)
                         continue
                     for part in self._parts(answer, call):
                         yield part
-                for finished in asyncio.as_completed(tasks):
-                    for part in self._parts(await finished, call):
+                for _ in range(started):
+                    # Nothing else refers to the answer: its rows are freed once they are sent.
+                    for part in self._parts((await finished.get()).result(), call):
                         yield part
             finally:
                 # The caller has gone, or everything is answered: nothing of this request may still run.
-                for task in tasks:
+                for task in running:
                     task.cancel()
 
     def _known(self, index: int, item: encoder_pb2.Item, call: Call) -> _Hit | _Answer | None:
@@ -203,9 +206,9 @@ class EncoderService:
         if store and named.key_name:
             store.use_key(named.key_name, named.name, entry)
         # Rows of the store are a mapping of its file, which all callers share and the store's capacity bounds.
-        held_bytes = 0 if entry else encoded.rows.nbytes
-        call.hold(held_bytes)
-        return _Answer(index, named.key, encoded, held_bytes=held_bytes)
+        if not entry:
+            call.hold_rows(encoded.rows)
+        return _Answer(index, named.key, encoded, held=not entry)
 
     def _parts(self, answer: _Answer, call: Call) -> Iterator[bytes]:
         """What the stream carries for one item."""
@@ -223,4 +226,19 @@ class EncoderService:
             for part in wire.chunks(answer.index, answer.encoded.rows):
                 call.record.bytes_out += len(part)
                 yield part
-            call.give_back(chunk_bytes + answer.held_bytes)
+            call.give_back(chunk_bytes)
+            if answer.held:
+                call.give_back_rows(answer.encoded.rows)
+
+
+def _start(
+    answering: Coroutine[None, None, _Answer],
+    running: set[asyncio.Task[_Answer]],
+    finished: asyncio.Queue[asyncio.Task[_Answer]],
+) -> int:
+    """Start one task, which is in `running` until it is in `finished`; return how many were started."""
+    task = asyncio.create_task(answering)
+    running.add(task)
+    task.add_done_callback(running.discard)
+    task.add_done_callback(finished.put_nowait)
+    return 1
