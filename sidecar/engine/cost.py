@@ -76,17 +76,20 @@ class CostModel:
         self._anchors: list[tuple[Work, float]] = []  # of the warm-up: sizes that traffic may not have
         self._recent: deque[tuple[Work, float]] = deque(maxlen=_SAMPLES)
         self._drifting: deque[tuple[Work, float]] = deque(maxlen=_DRIFT_SAMPLES)
+        self._largest = 0  # patches in the largest run that it knows of
         self._since_fit = 0
         self._curve = (0.0, 0.0, 0.0)
         self._fit = (0.0, 0.0, 0.0)  # the curve times the drift
 
     def anchor(self, work: Work, ms: float) -> None:
         """Learn from a warm-up run."""
+        self._largest = max(self._largest, work.patches)
         self._anchors = [*self._anchors, (work, ms)][-_KEPT_ANCHORS:]
         self._refit()
 
     def learn(self, work: Work, ms: float) -> None:
         """Learn from a run under load."""
+        self._largest = max(self._largest, work.patches)
         if (expected := self.ms(work)) > 0:
             ms = min(ms, _MOST_SURPRISE * expected)
             if not expected / _DRIFT_JUMP <= ms <= expected * _DRIFT_JUMP:
@@ -102,6 +105,10 @@ class CostModel:
     def ms(self, work: Work) -> float:
         """Predicted duration of a run."""
         return _on(self._fit, work)
+
+    def is_measured(self, work: Work) -> bool:
+        """Whether a run of about this size was measured, so that the prediction is more than an extrapolation."""
+        return work.patches <= 2 * self._largest
 
     @property
     def fixed_ms(self) -> float:

@@ -276,7 +276,8 @@ class Lane:
         )
 
     def _carry_out(self, tickets: list[Ticket]) -> None:
-        run = Run.of(tickets, self.cost.ms(work_of(tickets)))
+        work = work_of(tickets)
+        run = Run.of(tickets, self.cost.ms(work), measured=self.cost.is_measured(work))
         self._watchdog.begin(run)
         with self._changed:
             self._meter.begin(time.monotonic())

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 from sidecar.engine.ticket import Ticket
 
-# A run is stuck once it takes so many times its predicted time, and at least so long: a machine may be busy for a while.
-STUCK_TIMES, STUCK_S = 10.0, 5.0
+# A run is stuck once it takes so many times its predicted time (more at a size that was never run), and at least so long: a
+# machine may be busy for a while.
+STUCK_TIMES, STUCK_TIMES_UNMEASURED, STUCK_S = 10.0, 100.0, 7.0
 STEP_S = 0.25
 
 
@@ -33,9 +34,10 @@ class Run:
     abandoned: bool = False
 
     @classmethod
-    def of(cls, tickets: list[Ticket], predicted_ms: float) -> Run:
-        """A run that has not begun."""
-        return cls(tickets, max(STUCK_S, STUCK_TIMES * predicted_ms / 1e3))
+    def of(cls, tickets: list[Ticket], predicted_ms: float, *, measured: bool = True) -> Run:
+        """A run that has not begun. `measured`: runs of its size are known."""
+        times = STUCK_TIMES if measured else STUCK_TIMES_UNMEASURED
+        return cls(tickets, max(STUCK_S, times * predicted_ms / 1e3))
 
 
 class Watchdog:

@@ -19,7 +19,7 @@ from sidecar.engine.cost import Work
 from sidecar.engine.lane import Lane
 from sidecar.engine.store import Draft
 from sidecar.engine.ticket import LaneOut, Ran
-from sidecar.engine.watchdog import STEP_S, Run, Watchdog
+from sidecar.engine.watchdog import STEP_S, STUCK_S, Run, Watchdog
 from sidecar.errors import CannotFinish, LaneFault, ShuttingDown, fault_of
 from sidecar.runtimes.base import RuntimeFault
 from sidecar.vision.dtypes import Array, DType
@@ -519,6 +519,16 @@ def test_time_in_which_the_process_was_stopped_finds_no_run_guilty(monkeypatch: 
         steps += 1
     assert steps * STEP_S == pytest.approx(10.0, abs=2 * STEP_S)  # ten times what was predicted
     assert watchdog.is_stuck(threading.current_thread()) and watchdog.end()
+
+
+def test_a_size_that_was_never_run_has_more_time(make_lane: MakeLane) -> None:
+    """Its prediction is an extrapolation, and a false alarm would fail a healthy lane's callers."""
+    lane = make_lane(FakeRuntime())
+    lane.cost.anchor(Work(4, 0.0), 1000.0)
+    assert lane.cost.is_measured(Work(8, 0.0)) and not lane.cost.is_measured(Work(9, 0.0))
+    known, unknown = Run.of([], 1000.0), Run.of([], 1000.0, measured=False)
+    assert (known.limit_s, unknown.limit_s) == (10.0, 100.0)
+    assert Run.of([], 1.0).limit_s == STUCK_S
 
 
 def test_an_item_that_finds_the_lane_idle_runs_whatever_the_lane_believes(make_lane: MakeLane) -> None:
