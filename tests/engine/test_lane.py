@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import math
 import threading
@@ -230,6 +231,24 @@ def test_cancelled_work_that_waits_takes_no_memory(make_lane: MakeLane) -> None:
         await first
 
     run(ask())
+
+
+def test_a_closed_lane_lets_its_model_go_at_once() -> None:
+    """Not when Python's collector comes: a reload has two models in memory as it is."""
+    runtime = FakeRuntime()
+    memory = weakref.ref(runtime)
+    lane = Lane("lane", runtime, TOWER, batch_patches=0)
+    lane.warm_up(0)
+    gc.disable()
+    try:
+        assert lane.close(10)
+        del lane, runtime
+        ends = time.monotonic() + 10
+        while memory() is not None and time.monotonic() < ends:
+            time.sleep(0.01)  # the watchdog's thread is on its way out
+        assert memory() is None
+    finally:
+        gc.enable()
 
 
 def test_an_idle_lane_holds_no_memory_of_its_last_run(make_lane: MakeLane) -> None:

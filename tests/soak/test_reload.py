@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -160,7 +161,9 @@ def test_another_artifact_is_served_without_a_lost_request(
     print(f"\nreloaded by {asked_by} 4 times under load: {load.counts.total()} answers, ", end="")
     print(f"{len(load.wrong)} wrong or lost; after each {sizes}", end="")
     assert not load.wrong, load.wrong[:3]
-    assert held[-1][0] <= held[0][0] + 2  # a model's lanes end with it
+    # A model's lanes end with it: a leak would add threads with every reload, a pool that is still filling with one or two of them.
+    assert any(later <= earlier for (earlier, _), (later, _) in pairwise(held)), held
+    assert held[-1][0] <= held[0][0] + 6
     assert server.terminate() == 0
 
 
@@ -249,4 +252,5 @@ def test_callers_who_do_not_read_hold_one_old_model_at_most(start_server: StartS
         assert told.value.code() is grpc.StatusCode.UNAVAILABLE
         assert "has been replaced" in told.value.details()
     print(f"\n6 reloads under 6 callers who do not read: at most {most} threads, {before} before", end="")
-    assert most <= before + 8, "threads of more than two models"
+    # A second model, and pools that fill as they are used; six old models had 20 more.
+    assert most <= before + 14, "threads of more than two models"
