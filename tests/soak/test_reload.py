@@ -161,7 +161,7 @@ def test_another_artifact_is_served_without_a_lost_request(
     print(f"\nreloaded by {asked_by} 4 times under load: {load.counts.total()} answers, ", end="")
     print(f"{len(load.wrong)} wrong or lost; after each {sizes}", end="")
     assert not load.wrong, load.wrong[:3]
-    # A model's lanes end with it: a leak would add threads with every reload, a pool that is still filling with one or two of them.
+    # A model's lanes end with it: a leak adds threads with every reload, a pool that is still filling with one or two of them.
     assert any(later <= earlier for (earlier, _), (later, _) in pairwise(held)), held
     assert held[-1][0] <= held[0][0] + 6
     assert server.terminate() == 0
